@@ -1,0 +1,34 @@
+"""The one kind of error that is the caller's to mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """An argument, file or setting that cannot be used.
+
+    The message is one sentence that names the argument, its value and what was expected. The
+    command line prints it without a traceback and exits with code 2.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """An `InputError` for a name that nothing is registered under, with the nearest ones.
+
+    **Arguments:**
+
+    - `kind`: what the name should have named, for instance `"network"`.
+    - `name`: the name as given.
+    - `known`: the names there are.
+
+    **Returns:**
+
+    The error, not yet raised.
+
+    >>> print(unknown_name("network", "mpl", ["mlp", "cnn"]))
+    network 'mpl' is unknown; did you mean 'mlp'? (known: cnn, mlp)
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return InputError(f"{kind} {name!r} is unknown{hint} (known: {', '.join(known)})")

@@ -1,0 +1,36 @@
+"""The exact gradient by reverse mode."""
+
+from typing import Any, ClassVar
+
+import jax
+from jaxtyping import Array, Float, Key, PyTree
+
+from forwardgrad.estimators._base import AbstractEstimator, Objective
+
+
+class Backpropagation(AbstractEstimator):
+    r"""The exact gradient $\nabla f(\theta)$, by reverse-mode differentiation (`jax.vjp`).
+
+    It is here so that the same step, loop and command serve the baseline. It draws no random
+    numbers and ignores `key`.
+
+    ??? cite "Reference"
+
+        Rumelhart, Hinton & Williams, *Learning representations by back-propagating errors*,
+        Nature 323, 1986.
+
+    >>> import forwardgrad as fg, jax.numpy as jnp
+    >>> step = fg.value_and_grad(lambda w: jnp.sum(w**2), fg.Backpropagation())
+    >>> value, grad = step(jnp.array([1.0, 2.0]))
+    >>> print(value, grad)
+    5.0 [2. 4.]
+    """
+
+    needs_key: ClassVar[bool] = False
+
+    def value_and_grad(
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        """The objective's value and its exact gradient."""
+        del key
+        return jax.value_and_grad(fun, has_aux=True)(params)

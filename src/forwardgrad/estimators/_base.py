@@ -1,0 +1,39 @@
+"""What an estimator is."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+from jaxtyping import Array, Float, Key, PyTree
+
+Objective: TypeAlias = Callable[[PyTree], tuple[Float[Array, ""], Any]]
+"""A function of the parameters alone that returns a scalar and auxiliary data."""
+
+
+class AbstractEstimator(eqx.Module):
+    """How credit reaches the weights: an exact gradient, or a random estimate of one.
+
+    An estimator is given to [`forwardgrad.value_and_grad`][], which checks the arguments; it is
+    not called by hand. A new one implements `value_and_grad`, and says whether it draws random
+    numbers.
+    """
+
+    needs_key: eqx.AbstractClassVar[bool]
+
+    @abc.abstractmethod
+    def value_and_grad(
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        """The objective's value, its auxiliary data, and a gradient.
+
+        **Arguments:**
+
+        - `fun`: returns `(value, aux)` for one argument, the parameters.
+        - `params`: a pytree of inexact arrays.
+        - `key`: a random key; None where `needs_key` is False.
+
+        **Returns:**
+
+        `((value, aux), grads)`, `grads` with the tree, shapes and dtypes of `params`.
+        """

@@ -1,0 +1,88 @@
+"""Random factors with zero mean and unit covariance."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+Distribution: TypeAlias = Literal["rademacher", "normal", "sphere"]
+
+DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
+
+
+def rademacher(key: Key[Array, ""], shape: Sequence[int]) -> Float[Array, "..."]:
+    """Independent signs, -1 or 1 with equal probability.
+
+    One random 32-bit word makes 32 of them, which is some thirty times faster than a word each.
+
+    **Arguments:**
+
+    - `key`: a random key.
+    - `shape`: the shape of the result.
+
+    **Returns:**
+
+    A float32 array of that shape.
+    """
+    size = math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return (1.0 - 2.0 * bits.astype(jnp.float32)).reshape(-1)[:size].reshape(shape)
+
+
+def draw_dense(
+    key: Key[Array, ""], count: int, shapes: Sequence[Sequence[int]], distribution: Distribution
+) -> list[Float[Array, "count ..."]]:
+    """`count` independent arrays of each shape, each shape from a key of its own.
+
+    **Arguments:**
+
+    - `key`: a random key.
+    - `count`: how many of each.
+    - `shapes`: the shapes.
+    - `distribution`: `"rademacher"`, or a standard normal for the others.
+
+    **Returns:**
+
+    A float32 array of shape `(count, *shape)` for each shape.
+    """
+    keys = jax.random.split(key, len(shapes))
+    return [_sampler(distribution)(k, (count, *s)) for k, s in zip(keys, shapes, strict=True)]
+
+
+def draw_small(
+    key: Key[Array, ""], count: int, shapes: Sequence[Sequence[int]], distribution: Distribution
+) -> list[Float[Array, "count ..."]]:
+    """As `draw_dense`, with a single call of the generator, for the many small factors of a model.
+
+    A call costs more than the few thousand numbers that one factor needs.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    total = count * sum(sizes)
+    sample = _sampler(distribution)
+    # Two halves in a loop: XLA would fuse a single draw into every consumer, and so repeat it for
+    # each entry of an outer product (an optimisation barrier does not stop it on the CPU).
+    halves = jax.lax.map(lambda k: sample(k, (-(-total // 2),)), jax.random.split(key))
+    flat = halves.reshape(-1)[:total].reshape(count, -1)
+    bounds = [0, *itertools.accumulate(sizes)]
+    return [
+        flat[:, start:stop].reshape(count, *shape)
+        for start, stop, shape in zip(bounds, bounds[1:], shapes, strict=False)
+    ]
+
+
+def _sampler(distribution: Distribution) -> Callable[..., Array]:
+    return rademacher if distribution == "rademacher" else jax.random.normal
+
+
+def to_sphere(z: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "..."]:
+    """`z` scaled along `axes` to the norm that unit variances have, the root of their size.
+
+    A standard normal vector becomes one that is uniform on the sphere.
+    """
+    size = math.prod(z.shape[axis] for axis in axes)
+    return z * jax.lax.rsqrt(jnp.sum(z**2, axis=tuple(axes), keepdims=True) / size)

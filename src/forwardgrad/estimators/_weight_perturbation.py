@@ -1,0 +1,219 @@
+"""Forward gradients: perturb the weights, keep what the directional derivative says."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from forwardgrad._errors import InputError, unknown_name
+from forwardgrad.estimators._base import AbstractEstimator, Objective
+from forwardgrad.estimators._distributions import (
+    DISTRIBUTIONS,
+    Distribution,
+    draw_dense,
+    draw_small,
+    to_sphere,
+)
+from forwardgrad.rewrite import (
+    FactorShape,
+    Layout,
+    Program,
+    Walk,
+    combine_tangents,
+    dense_layout,
+    factor_shape,
+)
+
+Structure = Literal["rank-one", "dense"]
+
+
+class WeightPerturbation(AbstractEstimator):
+    r"""The forward gradient (FG-W): an unbiased gradient from forward passes alone.
+
+    $$\hat g = \frac1K \sum_{k=1}^K d_k v_k, \qquad d_k = \nabla f(\theta) \cdot v_k,$$
+
+    with random tangents $v_k$ of zero mean and unit covariance, so that $E[\hat g] = \nabla f$.
+    The directional derivatives $d_k$ come from forward mode: no tape, no backward pass, no memory
+    that grows with depth, and one pass over the primal for all K.
+
+    With `structure="rank-one"` the tangent of a weight matrix is an outer product
+    $V = a b^\top$ of two independent vectors. This is just as unbiased, has the same total
+    variance $(D - 1 + \kappa) \lVert\nabla f\rVert^2$ up to the fourth-moment term, and is never
+    built: $x V = (x a) b^\top$ costs $O(B(m + n))$ where a dense tangent costs a second matrix
+    product. The function is rewritten for that, see [the rewrite](../rewrite.md); a weight in a
+    place the rewrite does not know gets its tangent as an array, exact and only slower.
+
+    The variance grows like D/K with the number D of parameters. For a single tangent from
+    `"rademacher"` or `"sphere"`, $\lVert\hat g\rVert^2 = d^2 D$ exactly.
+
+    **Arguments:**
+
+    - `tangents`: K, the number of tangents whose estimates are averaged.
+    - `distribution`: of the entries of the tangent (or of its factors): `"rademacher"` (signs, the
+        least variance), `"normal"` (the paper's), or `"sphere"` (uniform on the sphere; dense
+        tangents are scaled as one vector, factors one by one).
+    - `structure`: `"rank-one"` or `"dense"`.
+    - `rank`: the number R of outer products in a rank-one tangent,
+        $V = R^{-1/2} \sum_r a_r b_r^\top$. More of them make $d$'s distribution less heavy-tailed
+        and the step dearer.
+    - `orthogonal`: return what K orthogonalised tangents would give: the exact gradient projected
+        on the span of the K tangents and scaled by D/K. This is unbiased for dense tangents, and up
+        to relative terms of order $D^{-3/2}$ for rank-one ones.
+    - `clip`: bound every $|d_k|$ by this value. This introduces a bias where it is active, and
+        keeps the rare large $d_k$ from ending a run. None: no bound.
+
+    **Raises:**
+
+    `InputError` where an argument is out of range, or `tangents` exceeds the number of parameters
+    and `orthogonal` is set.
+
+    ??? cite "Reference"
+
+        Baydin, Pearlmutter, Syme, Wood & Torr, *Gradients without Backpropagation*, 2022
+        ([arXiv:2202.08587](https://arxiv.org/abs/2202.08587)), Algorithm 1.
+
+    >>> import forwardgrad as fg, jax, jax.numpy as jnp
+    >>> step = fg.value_and_grad(lambda w: jnp.sum(w**2), fg.WeightPerturbation())
+    >>> value, grad = step(jnp.array([1.0, 2.0]), key=jax.random.key(0))
+    >>> print(value, jnp.linalg.norm(grad) in (2 * 2**0.5, 6 * 2**0.5))
+    5.0 True
+    """
+
+    tangents: int = 1
+    distribution: Distribution = "rademacher"
+    structure: Structure = "rank-one"
+    rank: int = 1
+    orthogonal: bool = False
+    clip: float | None = None
+
+    needs_key: ClassVar[bool] = True
+
+    def __check_init__(self):
+        if self.distribution not in DISTRIBUTIONS:
+            raise unknown_name("distribution", str(self.distribution), DISTRIBUTIONS)
+        if self.structure not in get_args(Structure):
+            raise unknown_name("structure", str(self.structure), get_args(Structure))
+        for name in ("tangents", "rank"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} must be an integer of at least 1, got {getattr(self, name)!r}"
+                )
+        if self.structure == "dense" and self.rank != 1:
+            raise InputError(f"rank must be 1 for structure 'dense', got {self.rank}")
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"clip must be positive or None, got {self.clip!r}")
+
+    def value_and_grad(
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        """The objective's value and a forward gradient."""
+        program = Program(fun, params)
+        layouts = self._layouts(program)
+        factors = self._factors(key, program.leaves, layouts)
+        value, derivatives, aux = directional_derivatives(program, layouts, factors)
+        coefficients = self._coefficients(derivatives, layouts, factors, program.leaves)
+        grads = [
+            combine_tangents(i, leaf, layouts[i], factors[i], coefficients)
+            for i, leaf in enumerate(program.leaves)
+        ]
+        return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
+
+    def _layouts(self, program: Program) -> list[Layout]:
+        if self.structure == "dense":
+            return [dense_layout(leaf.shape) for leaf in program.leaves]
+        return program.layouts()
+
+    def _factors(
+        self, key: Key[Array, ""] | None, leaves: Sequence[Array], layouts: Sequence[Layout]
+    ) -> list[list[Array]]:
+        """The factors of K tangents, one list a parameter; K is the first axis of each."""
+        terms = [(self.rank,) if self.rank > 1 and len(layout) > 1 else () for layout in layouts]
+        shapes = [
+            [(*r, *factor_shape(leaf.shape, f)) for f in layout]
+            for leaf, layout, r in zip(leaves, layouts, terms, strict=True)
+        ]
+        draw = draw_dense if self.structure == "dense" else draw_small
+        flat = draw(key, self.tangents, [s for group in shapes for s in group], self.distribution)
+        if self.distribution == "sphere":
+            flat = self._on_sphere(flat, [f.own for layout in layouts for f in layout])
+        remaining = iter(flat)
+        factors = []
+        for leaf, layout, r in zip(leaves, layouts, terms, strict=True):
+            arrays = [next(remaining) for _ in layout]
+            if r:
+                arrays[0] = arrays[0] * self.rank**-0.5
+            factors.append([a.astype(leaf.dtype) for a in arrays])
+        return factors
+
+    def _on_sphere(self, flat: list[Array], own: list[tuple[int, ...]]) -> list[Array]:
+        if self.structure == "rank-one":
+            return [
+                to_sphere(z, range(z.ndim - len(o), z.ndim)) for z, o in zip(flat, own, strict=True)
+            ]
+        squares = sum(jnp.sum(z.reshape(self.tangents, -1) ** 2, axis=1) for z in flat)
+        size = sum(z[0].size for z in flat)
+        return [jnp.einsum("k,k...->k...", jnp.sqrt(size / squares), z) for z in flat]
+
+    def _coefficients(
+        self,
+        derivatives: Float[Array, " tangents"],
+        layouts: Sequence[Layout],
+        factors: Sequence[Sequence[Array]],
+        leaves: Sequence[Array],
+    ) -> Float[Array, " tangents"]:
+        """What each tangent is multiplied with in the estimate."""
+        if self.clip is not None:
+            derivatives = jnp.clip(derivatives, -self.clip, self.clip)
+        if not self.orthogonal:
+            return derivatives / self.tangents
+        size = sum(leaf.size for leaf in leaves)
+        if self.tangents > size:
+            raise InputError(
+                f"tangents must be at most the number of parameters ({size}) for orthogonal "
+                f"tangents, got {self.tangents}"
+            )
+        gram = gram_matrix(layouts, factors).astype(derivatives.dtype)
+        # The pseudo-inverse, because random signs may repeat a tangent of a tiny model.
+        projected = jnp.linalg.pinv(gram, hermitian=True) @ derivatives
+        return projected * (size / self.tangents)
+
+
+def directional_derivatives(
+    program: Program, layouts: Sequence[Layout], factors: Sequence[Sequence[Array]]
+) -> tuple[Float[Array, ""], Float[Array, " tangents"], list[Array]]:
+    """A program's value, its derivative along each of K tangents, and its auxiliary arrays."""
+
+    def along_one(factors):
+        def at(eps):
+            return program.evaluate(program.perturb(layouts, factors), Walk(eps))
+
+        return jax.jvp(at, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
+
+    # `vmap` outside of `jvp`: the primal does not depend on the tangents and is computed once.
+    return jax.vmap(along_one, out_axes=(None, 0, None))(list(factors))
+
+
+def gram_matrix(
+    layouts: Sequence[Layout], factors: Sequence[Sequence[Array]]
+) -> Float[Array, "tangents tangents"]:
+    """The scalar products of K tangents over all parameters, from their factors."""
+    return sum(_gram(layout, arrays) for layout, arrays in zip(layouts, factors, strict=True))
+
+
+def _gram(layout: Layout, arrays: Sequence[Array]) -> Float[Array, "tangents tangents"]:
+    product: Any = 1.0
+    for shape, a in zip(layout, arrays, strict=True):
+        stacked, own = (math.prod(a.shape[i] for i in group) for group in _positions(shape, a.ndim))
+        # Axes: tangents, terms of the tangent, slices of a stack, entries.
+        a = a.reshape(a.shape[0], -1, stacked, own).astype(jnp.float32)
+        product = product * jnp.einsum("krsi,lqsi->klrqs", a, a)
+    return jnp.sum(product, axis=(2, 3, 4))
+
+
+def _positions(shape: FactorShape, ndim: int) -> tuple[range, range]:
+    """Where a factor's stacked and own axes are."""
+    own = ndim - len(shape.own)
+    return range(own - len(shape.stacked), own), range(own, ndim)

@@ -1,0 +1,114 @@
+"""Rules for equations that hold programs: the walk goes through them."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+
+from forwardgrad.rewrite._perturbed import Factor, Perturbed
+from forwardgrad.rewrite._walk import PROGRAMS, Value, Walk, programs, rule
+
+
+@rule(
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "remat2",
+    "checkpoint",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    table=PROGRAMS,
+)
+def _inline(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    # Forward mode keeps no residuals, so rematerialisation has nothing to save.
+    (program,) = programs(eqn)
+    consts = program.consts if isinstance(program, ClosedJaxpr) else ()
+    return walk(getattr(program, "jaxpr", program), consts, invals)
+
+
+@rule("scan", table=PROGRAMS)
+def _scan(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    body = eqn.params["jaxpr"]
+    num_consts, num_carry = _scan_counts(eqn)
+    consts = invals[:num_consts]
+    init = [walk.array(v) for v in invals[num_consts : num_consts + num_carry]]
+    stacks = [_Stack(walk, v) for v in invals[num_consts + num_carry :]]
+
+    def step(carry, slices):
+        xs = [stack.at(part) for stack, part in zip(stacks, slices, strict=True)]
+        outs = walk.arrays(body.jaxpr, body.consts, [*consts, *carry, *xs])
+        return outs[:num_carry], outs[num_carry:]
+
+    carry, ys = jax.lax.scan(
+        step,
+        init,
+        [stack.arrays for stack in stacks],
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*carry, *ys]
+
+
+class _Stack:
+    """A scanned-over input: what `scan` slices, and the slice as a value of the walk."""
+
+    def __init__(self, walk: Walk, value: Value):
+        if isinstance(value, Perturbed) and len(value.axes[0]) != 1:
+            value = walk.array(value)
+        self.weight = value if isinstance(value, Perturbed) else None
+        if self.weight is None:
+            self.arrays = [value]
+            return
+        (self.label,) = self.weight.axes[0]
+        walk.record(stacked=(self.label,))
+        self.sliced = [
+            f.map(self.label, lambda a, i: jax.numpy.moveaxis(a, i, 0)).array
+            for f in self.weight.factors
+            if self.label in f.labels
+        ]
+        self.arrays = [self.weight.value, *self.sliced]
+
+    def at(self, parts: Sequence[jax.Array]) -> Value:
+        if self.weight is None:
+            return parts[0]
+        value, *slices = parts
+        rest = iter(slices)
+        factors = tuple(
+            Factor(next(rest), tuple(n for n in f.labels if n != self.label))
+            if self.label in f.labels
+            else f
+            for f in self.weight.factors
+        )
+        return Perturbed(value, self.weight.axes[1:], factors)
+
+
+def _scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()  # JAX 0.12
+    return len(consts), len(carry)
+
+
+@rule("while", table=PROGRAMS)
+def _while(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond_consts, body_consts = invals[:n_cond], invals[n_cond : n_cond + n_body]
+    init = [walk.array(v) for v in invals[n_cond + n_body :]]
+    return jax.lax.while_loop(
+        lambda carry: walk.arrays(cond.jaxpr, cond.consts, [*cond_consts, *carry])[0],
+        lambda carry: walk.arrays(body.jaxpr, body.consts, [*body_consts, *carry]),
+        init,
+    )
+
+
+@rule("cond", table=PROGRAMS)
+def _cond(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    index, *operands = invals
+    branches = [
+        lambda branch=branch: walk.arrays(branch.jaxpr, branch.consts, operands)
+        for branch in eqn.params["branches"]
+    ]
+    return jax.lax.switch(index, branches)

@@ -1,0 +1,186 @@
+"""A function of the parameters as a program, and the factors that suit each parameter."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+
+from forwardgrad.rewrite import _control, _rules  # noqa: F401  (they register their rules)
+from forwardgrad.rewrite._perturbed import RANK, TANGENTS, Factor, Label, Perturbed, multiply
+from forwardgrad.rewrite._walk import Roles, Walk
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorShape:
+    """One factor of a parameter's tangent.
+
+    `stacked` of its axes index slices that have a tangent of their own; it spans the `own` ones.
+    """
+
+    stacked: tuple[int, ...]
+    own: tuple[int, ...]
+
+    def labels(self, leaf: int) -> tuple[Label, ...]:
+        """The labels of the factor's axes."""
+        return tuple((leaf, axis) for axis in (*self.stacked, *self.own))
+
+
+Layout = tuple[FactorShape, ...]
+"""The factors of one parameter's tangent."""
+
+
+class Program:
+    """`fun(params) -> (value, aux)` as a jaxpr, to be evaluated with perturbed parameters.
+
+    **Arguments:**
+
+    - `fun`: a function of one pytree of arrays that returns a scalar and any auxiliary data.
+    - `params`: that pytree.
+    """
+
+    def __init__(self, fun: Callable[[Any], tuple[Any, Any]], params: Any):
+        self.leaves, self.treedef = jax.tree.flatten(params)
+
+        def flat(leaves):
+            value, aux = fun(self.treedef.unflatten(leaves))
+            arrays, self._static_aux = eqx.partition(aux, eqx.is_array)
+            aux_leaves, self._aux_treedef = jax.tree.flatten(arrays)
+            return value, aux_leaves
+
+        self._closed: ClosedJaxpr = jax.make_jaxpr(flat)(self.leaves)
+
+    def evaluate(self, weights: Sequence[Any], walk: Walk) -> tuple[jax.Array, list[jax.Array]]:
+        """The function's value and the arrays among its auxiliary data."""
+        value, *aux = walk.arrays(self._closed.jaxpr, self._closed.consts, weights)
+        return value, aux
+
+    def auxiliary(self, arrays: Sequence[jax.Array]) -> Any:
+        """The auxiliary data, as `fun` returned it."""
+        return eqx.combine(self._aux_treedef.unflatten(arrays), self._static_aux)
+
+    def perturb(self, layouts: Sequence[Layout], factors: Sequence[Sequence[jax.Array]]) -> list:
+        """The parameters with the tangents that `factors` make, one sequence a parameter.
+
+        A factor may have one axis more than its layout, in front: the terms of its tangent.
+        """
+        return [
+            perturbed(i, leaf, layout, arrays)
+            for i, (leaf, layout, arrays) in enumerate(
+                zip(self.leaves, layouts, factors, strict=True)
+            )
+        ]
+
+    def layouts(self) -> list[Layout]:
+        """A layout for each parameter, from what the program does with it.
+
+        A parameter that is contracted, looked up or convolved with gets two factors, over the
+        axes that this sums over and over the others, and a pair for each of the slices that
+        `scan`, indexing or a batch axis cuts it into. Any other one is dense.
+        """
+        roles = {i: Roles() for i in range(len(self.leaves))}
+
+        def run(leaves):
+            walk = Walk(jnp.zeros(()), roles)
+            weights = [
+                perturbed(i, leaf, one_factor_an_axis(leaf.shape), None)
+                for i, leaf in enumerate(leaves)
+            ]
+            return walk.arrays(self._closed.jaxpr, self._closed.consts, weights)
+
+        jax.eval_shape(run, self.leaves)
+        return [_layout(leaf.shape, roles[i]) for i, leaf in enumerate(self.leaves)]
+
+
+def dense_layout(shape: Sequence[int]) -> Layout:
+    """One factor with all of the parameter's axes."""
+    return (FactorShape((), _axes(shape)),)
+
+
+def one_factor_an_axis(shape: Sequence[int]) -> Layout:
+    """A factor for every axis."""
+    return tuple(FactorShape((), (axis,)) for axis in _axes(shape)) or dense_layout(shape)
+
+
+def _layout(shape: Sequence[int], roles: Roles) -> Layout:
+    axes = set(_axes(shape))
+    stacked = axes & roles.stacked
+    contracted = (axes & (roles.contracted or set())) - stacked
+    free = axes - stacked - contracted
+    if not contracted or not free:
+        return dense_layout(shape)
+    return tuple(
+        FactorShape(tuple(sorted(stacked)), tuple(sorted(own))) for own in (contracted, free)
+    )
+
+
+def _axes(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(axis for axis, size in enumerate(shape) if size != 1)
+
+
+def perturbed(
+    leaf: int, value: jax.Array, layout: Layout, arrays: Sequence[jax.Array] | None
+) -> Perturbed | jax.Array:
+    """The parameter at position `leaf` with its tangent (of ones, where `arrays` is None)."""
+    if value.size == 0:
+        return value
+    axes = tuple(((leaf, axis),) if size != 1 else () for axis, size in enumerate(value.shape))
+    if arrays is None:
+        arrays = [jnp.ones(factor_shape(value.shape, f), value.dtype) for f in layout]
+    return Perturbed(value, axes, named(leaf, layout, arrays))
+
+
+def named(
+    leaf: int, layout: Layout, arrays: Sequence[jax.Array], extra: Sequence[Label] = (RANK,)
+) -> tuple[Factor, ...]:
+    """The factors of one parameter with their labels, `extra` in front where there are more."""
+    factors = []
+    for shape, array in zip(layout, arrays, strict=True):
+        labels = shape.labels(leaf)
+        factors.append(Factor(array, (*extra[: array.ndim - len(labels)], *labels)))
+    return tuple(factors)
+
+
+def factor_shape(shape: Sequence[int], factor: FactorShape) -> tuple[int, ...]:
+    """The array shape of one factor of a parameter."""
+    return tuple(shape[axis] for axis in (*factor.stacked, *factor.own))
+
+
+MOST_UNROLLED = 16
+"""Up to so many outer products, adding them up entry by entry beats a matrix product.
+
+It fuses with the optimiser's update and needs no memory (measured on CPU: six times faster for two
+terms, as fast for 24).
+"""
+
+
+def combine_tangents(
+    leaf: int,
+    value: jax.Array,
+    layout: Layout,
+    arrays: Sequence[jax.Array],
+    coefficients: jax.Array,
+) -> jax.Array:
+    """`sum_k coefficients[k] V_k` for tangents stacked along the first axis of their factors."""
+    out = tuple((leaf, axis) for axis in _axes(value.shape))
+    weights = Factor(coefficients.astype(value.dtype), (TANGENTS,))
+    factors = (weights, *named(leaf, layout, arrays, extra=(TANGENTS, RANK)))
+    terms = [factors]
+    if len(layout) > 1:
+        for label in (TANGENTS, RANK):
+            terms = [term for group in terms for term in _terms(group, label)]
+        if len(terms) > MOST_UNROLLED:
+            terms = [factors]
+    total = sum(multiply(term, out) for term in terms)
+    return total.reshape(value.shape).astype(value.dtype)
+
+
+def _terms(factors: tuple[Factor, ...], label: Label) -> list[tuple[Factor, ...]]:
+    """The summands of a product that is summed over `label`."""
+    sizes = [f.size(label) for f in factors if label in f.labels]
+    return [tuple(f.at(label, i) for f in factors) for i in range(sizes[0] if sizes else 0)] or [
+        factors
+    ]

@@ -1,0 +1,288 @@
+"""Rules for the equations that a perturbed weight enters.
+
+Three of them use the weight (`dot_general`, `conv_general_dilated`, `gather`); the others move,
+cast or cut it, and do the same to its factors.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn, Literal
+
+from forwardgrad.rewrite._perturbed import RANK, Factor, Label, Perturbed, contract, multiply
+from forwardgrad.rewrite._walk import Value, Walk, evaluate, rule
+
+
+@rule("dot_general")
+def _dot_general(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    side = _weight_side(invals)
+    weight, x = invals[side], walk.array(invals[1 - side])
+    (contracting, batch) = eqn.params["dimension_numbers"]
+    x_labels, out_labels = _dot_labels(weight, x.ndim, contracting, batch, side)
+    walk.record(
+        contracted=[n for i in contracting[side] for n in weight.axes[i]],
+        stacked=[n for i in batch[side] for n in weight.axes[i]],
+    )
+    out = eqn.outvars[0].aval
+    options = {
+        "precision": eqn.params["precision"],
+        "preferred_element_type": eqn.params["preferred_element_type"],
+    }
+
+    def primal(x, value):
+        (y,) = evaluate(eqn, (x, value) if side == 1 else (value, x))
+        return y
+
+    def contribution(x, w):
+        sizes = [w.size(n) if n in w.labels else x.shape[n[1]] for n in x_labels]
+        factor = Factor(x.reshape(sizes), x_labels)
+        return contract(factor, w.factors, out_labels, **options).reshape(out.shape)
+
+    return [walk.apply(weight, primal, contribution, x)]
+
+
+def _weight_side(invals: Sequence[Value]) -> int:
+    """The operand whose factors are used; of two weights the larger one."""
+    sizes = [v.value.size if isinstance(v, Perturbed) else -1 for v in invals]
+    return int(sizes[1] >= sizes[0])
+
+
+def _dot_labels(
+    weight: Perturbed,
+    x_ndim: int,
+    contracting: tuple[Sequence[int], Sequence[int]],
+    batch: tuple[Sequence[int], Sequence[int]],
+    side: int,
+) -> tuple[tuple[Label, ...], tuple[Label, ...]]:
+    """The labels of x and of the product, given those of the weight."""
+    x_axes: list[tuple[Label, ...]] = [(("x", i),) for i in range(x_ndim)]
+    for pairs in (contracting, batch):
+        for i, j in zip(pairs[1 - side], pairs[side], strict=True):
+            x_axes[i] = weight.axes[j]
+    used_w, used_x = ({*contracting[s], *batch[s]} for s in (side, 1 - side))
+    free_w = [axis for i, axis in enumerate(weight.axes) if i not in used_w]
+    free_x = [axis for i, axis in enumerate(x_axes) if i not in used_x]
+    shared = [weight.axes[i] for i in batch[side]]
+    order = [*shared, *free_x, *free_w] if side == 1 else [*shared, *free_w, *free_x]
+    return _flatten(x_axes), _flatten(order)
+
+
+def _flatten(axes: Sequence[tuple[Label, ...]]) -> tuple[Label, ...]:
+    return tuple(label for axis in axes for label in axis)
+
+
+@rule("conv_general_dilated")
+def _conv(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    x, weight = invals
+    if not isinstance(weight, Perturbed) or eqn.params["batch_group_count"] != 1:
+        return None
+    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    walk.record(contracted=_flatten([a for i, a in enumerate(weight.axes) if i != out_axis]))
+
+    def primal(x, value):
+        return evaluate(eqn, (x, value))[0]
+
+    def contribution(x, w):
+        factors = _separate_output(w, out_axis)
+        if factors is None:
+            return primal(x, w.tangent())
+        return _conv_by_factors(eqn, x, w, *factors)
+
+    return [walk.apply(weight, primal, contribution, walk.array(x))]
+
+
+def _separate_output(w: Perturbed, out_axis: int) -> tuple[list[Factor], Factor] | None:
+    """The factors over kernel and input channels, and the one over output channels."""
+    if len(w.axes[out_axis]) != 1:
+        return None
+    (label,) = w.axes[out_axis]
+    over_out = [f for f in w.factors if label in f.labels]
+    if len(over_out) != 1 or not set(over_out[0].labels) <= {label, RANK}:
+        return None
+    return [f for f in w.factors if label not in f.labels], over_out[0]
+
+
+def _conv_by_factors(
+    eqn: JaxprEqn, x: jax.Array, w: Perturbed, over_in: list[Factor], over_out: Factor
+) -> jax.Array:
+    """A convolution to one channel a group (and term), spread over the output channels."""
+    if not over_in:
+        return evaluate(eqn, (x, w.tangent()))[0]
+    p = eqn.params
+    spec, groups = p["dimension_numbers"], p["feature_group_count"]
+    out_axis = spec.rhs_spec[0]
+    (label,) = w.axes[out_axis]
+    terms = over_out.size(RANK) if RANK in over_out.labels else 1
+    inner = [n for i, axis in enumerate(w.axes) if i != out_axis for n in axis]
+    kernel = multiply(over_in, [*inner, RANK] if terms > 1 else inner)
+    shape = [n for i, n in enumerate(w.value.shape) if i != out_axis]
+    kernel = jnp.moveaxis(kernel.reshape(*shape, terms), -1, out_axis).astype(w.value.dtype)
+    y = jax.lax.conv_general_dilated(
+        x,
+        jnp.concatenate([kernel] * groups, axis=out_axis),
+        window_strides=p["window_strides"],
+        padding=p["padding"],
+        lhs_dilation=p["lhs_dilation"],
+        rhs_dilation=p["rhs_dilation"],
+        dimension_numbers=spec,
+        feature_group_count=groups,
+        precision=p["precision"],
+        preferred_element_type=p["preferred_element_type"],
+    )
+    channel = spec.out_spec[1]
+    y = jnp.moveaxis(y, channel, -1)
+    y = y.reshape(*y.shape[:-1], groups, terms)
+    spread = multiply([over_out], [RANK, label] if terms > 1 else [label])
+    spread = spread.reshape(terms, groups, -1)
+    y = y * spread[0] if terms == 1 else jnp.einsum("...gr,rgo->...go", y, spread)
+    return jnp.moveaxis(y.reshape(*y.shape[:-2], -1), -1, channel)
+
+
+@rule("gather")
+def _gather(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    weight, indices = invals
+    if not isinstance(weight, Perturbed):
+        return None
+    d, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    axis, *more = d.collapsed_slice_dims or (-1,)
+    whole = all(n == weight.value.shape[i] for i, n in enumerate(sizes) if i != axis)
+    simple = not more and tuple(d.start_index_map) == (axis,) and not d.operand_batching_dims
+    if not (simple and whole and len(weight.axes[axis]) == 1):
+        return None
+    (value,) = evaluate(eqn, (weight.value, indices))
+    return [_gather_factors(walk, weight, axis, indices[..., 0], value, d.offset_dims)]
+
+
+def _gather_factors(
+    walk: Walk,
+    weight: Perturbed,
+    axis: int,
+    indices: jax.Array,
+    value: jax.Array,
+    offset_dims: Sequence[int],
+) -> Perturbed:
+    (label,) = weight.axes[axis]
+    if indices.ndim:
+        walk.record(contracted=(label,))
+    else:
+        walk.record(stacked=(label,))
+    new: tuple[Label, ...] = tuple((*label, "at", i) for i in range(indices.ndim))
+
+    def pick(f: Factor) -> Factor:
+        if label not in f.labels:
+            return f
+        i = f.labels.index(label)
+        picked = jnp.take(f.array, indices, axis=i, mode="clip")
+        return Factor(picked, (*f.labels[:i], *new, *f.labels[i + 1 :]))
+
+    offset = iter([a for i, a in enumerate(weight.axes) if i != axis])
+    batch = iter([(n,) for n in new])
+    axes = tuple(next(offset) if i in offset_dims else next(batch) for i in range(value.ndim))
+    return Perturbed(value, axes, tuple(pick(f) for f in weight.factors))
+
+
+@rule("transpose")
+def _transpose(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    return [invals[0].transpose(eqn.params["permutation"])]
+
+
+@rule("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
+def _reshape(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    weight, *dynamic = invals
+    shape = eqn.outvars[0].aval.shape
+    permutes = eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None
+    if dynamic or permutes or math.prod(shape) != weight.value.size:
+        return None
+    reshaped = weight.reshape(shape)
+    return None if reshaped is None else [reshaped]
+
+
+@rule("convert_element_type", "copy", "copy_p", "sharding_constraint", "name")
+def _same_layout(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    (value,) = evaluate(eqn, [invals[0].value])
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        return [value]
+    return [invals[0].with_value(value)]
+
+
+@rule("stop_gradient")
+def _stop_gradient(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    return [invals[0].value]
+
+
+@rule("neg")
+def _neg(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    return [invals[0].with_value(-invals[0].value, scale=jnp.asarray(-1.0))]
+
+
+@rule("mul", "div")
+def _scale(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    side = 0 if isinstance(invals[0], Perturbed) else 1
+    other = eqn.invars[1 - side]
+    divides = eqn.primitive.name == "div"
+    if not isinstance(other, Literal) or (divides and side == 1):
+        return None
+    weight = invals[side]
+    (value,) = evaluate(eqn, [weight.value if i == side else v for i, v in enumerate(invals)])
+    scale = jnp.asarray(other.val)
+    return [weight.with_value(value, scale=1 / scale if divides else scale)]
+
+
+@rule("slice")
+def _slice(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    p = eqn.params
+    strides = p["strides"] or [1] * len(p["start_indices"])
+    cuts = list(zip(p["start_indices"], p["limit_indices"], strides, strict=True))
+
+    def cut(axis):
+        start, limit, stride = cuts[axis]
+        return lambda a, i: jax.lax.slice_in_dim(a, start, limit, stride, axis=i)
+
+    return _each_axis(walk, invals[0], eqn.outvars[0].aval.shape, cut)
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    weight, *starts = invals
+    if not isinstance(weight, Perturbed):
+        return None
+    sizes = eqn.params["slice_sizes"]
+
+    def cut(axis):
+        return lambda a, i: jax.lax.dynamic_slice_in_dim(a, starts[axis], sizes[axis], axis=i)
+
+    return _each_axis(walk, weight, sizes, cut)
+
+
+def _each_axis(walk: Walk, weight: Perturbed, shape: Sequence[int], cut) -> list[Value] | None:
+    """Cut every axis whose size changes, in the value and in the factors."""
+    result: Perturbed | None = weight
+    for axis, size in enumerate(shape):
+        if size == weight.value.shape[axis]:
+            continue
+        if size == 1:
+            walk.record(stacked=weight.axes[axis])
+        result = result.map_axis(axis, cut(axis))
+        if result is None:
+            return None
+    return [result]
+
+
+@rule("split")
+def _split(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    axis, start, parts = eqn.params["axis"], 0, []
+    for size in eqn.params["sizes"]:
+        cut = lambda a, i, s=start, n=size: jax.lax.slice_in_dim(a, s, s + n, axis=i)  # noqa: E731
+        parts.append(invals[0].map_axis(axis, cut))
+        start += size
+    return None if any(part is None for part in parts) else parts
+
+
+@rule("rev")
+def _rev(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    result: Perturbed | None = invals[0]
+    for axis in eqn.params["dimensions"]:
+        result = result and result.map_axis(axis, lambda a, i: jnp.flip(a, i))
+    return None if result is None else [result]

@@ -1,0 +1,180 @@
+"""The walk: evaluate a jaxpr while some of its values are perturbed weights.
+
+Every equation that no perturbed weight enters is evaluated as it stands. One that a weight enters
+has a rule (`_rules.py`) or gets the weight with its tangent built as an array, which is always
+correct. Equations that hold programs of their own (`jit`, `scan`, `cond`, ...) are walked through
+(`_control.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+from forwardgrad.rewrite._perturbed import Factor, Label, Perturbed
+
+Value: TypeAlias = Any
+"""An array, or a `Perturbed` weight."""
+
+Rule: TypeAlias = Callable[["Walk", JaxprEqn, Sequence[Value]], "Sequence[Value] | None"]
+"""Evaluates one equation; None where it finds the weight in a place that it has no formula for."""
+
+RULES: dict[str, Rule] = {}
+"""Primitive name to rule, for the equations that a perturbed weight enters."""
+
+PROGRAMS: dict[str, Rule] = {}
+"""Primitive name to rule, for the equations that hold programs."""
+
+
+def rule(*names: str, table: dict[str, Rule] = RULES) -> Callable[[Rule], Rule]:
+    """Register a rule under the names of its primitives."""
+
+    def register(fn: Rule) -> Rule:
+        table.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+@dataclasses.dataclass
+class Roles:
+    """What becomes of the axes of one parameter where it is first contracted."""
+
+    stacked: set[int] = dataclasses.field(default_factory=set)
+    contracted: set[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """One evaluation of a program.
+
+    `eps` is the scalar that the program is differentiated by; `roles`, where given, collects
+    how each parameter (by its position) is used.
+    """
+
+    eps: jax.Array
+    roles: dict[int, Roles] | None = None
+
+    def __call__(self, jaxpr: Jaxpr, consts: Sequence[Value], args: Sequence[Value]) -> list[Value]:
+        """The outputs of `jaxpr`, which are arrays or perturbed weights."""
+        env: dict[Var, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Value:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            outs = self._equation(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def arrays(
+        self, jaxpr: Jaxpr, consts: Sequence[Value], args: Sequence[Value]
+    ) -> list[jax.Array]:
+        """The outputs of `jaxpr`, as arrays."""
+        return [self.array(out) for out in self(jaxpr, consts, args)]
+
+    def array(self, value: Value) -> jax.Array:
+        """`value` as an array; the tangent of a perturbed weight is built."""
+        if not isinstance(value, Perturbed):
+            return value
+        return self.apply(value, lambda _, w: w, lambda _, w: w.tangent())
+
+    def apply(
+        self,
+        weight: Perturbed,
+        primal: Callable[[Any, jax.Array], jax.Array],
+        contribution: Callable[[Any, Perturbed], jax.Array],
+        x: Any = (),
+    ) -> jax.Array:
+        """`primal(x, weight)`, bilinear, with the weight's tangent applied through its factors.
+
+        Its directional derivative is `primal(dx, W) + deps * contribution(x, W)`, where
+        `contribution(x, W)` is `primal(x, V)` computed from the factors of the tangent V.
+        """
+        layout = [f.labels for f in weight.factors]
+
+        @jax.custom_jvp
+        def op(eps, x, value, arrays):
+            del eps, arrays
+            return primal(x, value)
+
+        def jvp(primals, tangents):
+            _, x, value, arrays = primals
+            deps, dx, dvalue, _ = tangents
+            out = primal(x, value)
+            terms = []
+            if not _is_zero(deps):
+                factors = tuple(Factor(a, n) for a, n in zip(arrays, layout, strict=True))
+                scaled = Perturbed(value, weight.axes, factors).with_value(value, scale=deps)
+                terms.append(contribution(x, scaled))
+            if not _is_zero(dx):
+                terms.append(primal(dx, value))
+            if not _is_zero(dvalue):
+                terms.append(primal(x, dvalue))
+            return out, sum((t.astype(out.dtype) for t in terms), start=jnp.zeros_like(out))
+
+        op.defjvp(jvp, symbolic_zeros=True)
+        return op(self.eps, x, weight.value, [f.array for f in weight.factors])
+
+    def record(self, contracted: Sequence[Label] = (), stacked: Sequence[Label] = ()) -> None:
+        """Note what a rule does with the axes that the labels came from."""
+        if self.roles is None:
+            return
+        for leaf, axis, *_ in stacked:
+            if self.roles[leaf].contracted is None:
+                self.roles[leaf].stacked.add(axis)
+        first = {label[0] for label in contracted if self.roles[label[0]].contracted is None}
+        for leaf, axis, *_ in contracted:
+            if leaf in first:
+                self.roles[leaf].contracted = (self.roles[leaf].contracted or set()) | {axis}
+
+    def _equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+        name = eqn.primitive.name
+        perturbed = any(isinstance(v, Perturbed) for v in invals)
+        if name in PROGRAMS and (perturbed or holds_custom_vjp(eqn)):
+            return PROGRAMS[name](self, eqn, invals)
+        if perturbed and name in RULES:
+            outs = RULES[name](self, eqn, invals)
+            if outs is not None:
+                return outs
+        return evaluate(eqn, [self.array(v) for v in invals])
+
+
+def evaluate(eqn: JaxprEqn, invals: Sequence[jax.Array]) -> list[jax.Array]:
+    """The outputs of one equation at `invals`, as the program without us would compute them."""
+    variables = {
+        atom: value
+        for atom, value in zip(eqn.invars, invals, strict=True)
+        if not isinstance(atom, Literal)
+    }
+    jaxpr = Jaxpr((), list(variables), list(eqn.outvars), [eqn], eqn.effects)
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*variables.values())
+
+
+def programs(eqn: JaxprEqn) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    found = []
+    for param in eqn.params.values():
+        for item in param if isinstance(param, tuple | list) else (param,):
+            if isinstance(item, Jaxpr | ClosedJaxpr):
+                found.append(item)
+    return found
+
+
+def holds_custom_vjp(eqn: JaxprEqn) -> bool:
+    """Whether a function with only a reverse rule is called, which `jax.jvp` would refuse."""
+    if eqn.primitive.name.startswith("custom_vjp_call"):
+        return True
+    if eqn.primitive.name.startswith("custom_jvp_call"):
+        return False
+    return any(holds_custom_vjp(inner) for p in programs(eqn) for inner in p.jaxpr.eqns)
+
+
+def _is_zero(tangent: Any) -> bool:
+    leaves = jax.tree.leaves(tangent, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    return all(isinstance(leaf, SymbolicZero) for leaf in leaves)
