@@ -1,6 +1,6 @@
 """The exact gradient by reverse mode."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Key, PyTree
@@ -26,7 +26,10 @@ class Backpropagation(AbstractEstimator):
     5.0 [2. 4.]
     """
 
-    needs_key: ClassVar[bool] = False
+    @property
+    def needs_key(self) -> bool:
+        """False."""
+        return False
 
     def value_and_grad(
         self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None

@@ -19,7 +19,10 @@ class AbstractEstimator(eqx.Module):
     numbers.
     """
 
-    needs_key: eqx.AbstractClassVar[bool]
+    @property
+    @abc.abstractmethod
+    def needs_key(self) -> bool:
+        """Whether it draws random numbers."""
 
     @abc.abstractmethod
     def value_and_grad(

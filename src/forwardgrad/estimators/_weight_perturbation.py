@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +89,6 @@ class WeightPerturbation(AbstractEstimator):
     orthogonal: bool = False
     clip: float | None = None
 
-    needs_key: ClassVar[bool] = True
-
     def __check_init__(self):
         if self.distribution not in DISTRIBUTIONS:
             raise unknown_name("distribution", str(self.distribution), DISTRIBUTIONS)
@@ -106,10 +104,16 @@ class WeightPerturbation(AbstractEstimator):
         if self.clip is not None and not self.clip > 0:
             raise InputError(f"clip must be positive or None, got {self.clip!r}")
 
+    @property
+    def needs_key(self) -> bool:
+        """True."""
+        return True
+
     def value_and_grad(
         self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value and a forward gradient."""
+        assert key is not None
         program = Program(fun, params)
         layouts = self._layouts(program)
         factors = self._factors(key, program.leaves, layouts)
@@ -127,7 +131,7 @@ class WeightPerturbation(AbstractEstimator):
         return program.layouts()
 
     def _factors(
-        self, key: Key[Array, ""] | None, leaves: Sequence[Array], layouts: Sequence[Layout]
+        self, key: Key[Array, ""], leaves: Sequence[Array], layouts: Sequence[Layout]
     ) -> list[list[Array]]:
         """The factors of K tangents, one list a parameter; K is the first axis of each."""
         terms = [(self.rank,) if self.rank > 1 and len(layout) > 1 else () for layout in layouts]
@@ -192,6 +196,10 @@ def directional_derivatives(
 
         return jax.jvp(at, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
 
+    if len(jax.tree.leaves(factors)[0]) == 1:
+        # Without the axis of one tangent XLA's layouts are better, by some 5 to 10 % of the step.
+        value, derivative, aux = along_one([[a[0] for a in arrays] for arrays in factors])
+        return value, derivative[None], aux
     # `vmap` outside of `jvp`: the primal does not depend on the tangents and is computed once.
     return jax.vmap(along_one, out_axes=(None, 0, None))(list(factors))
 
@@ -200,7 +208,8 @@ def gram_matrix(
     layouts: Sequence[Layout], factors: Sequence[Sequence[Array]]
 ) -> Float[Array, "tangents tangents"]:
     """The scalar products of K tangents over all parameters, from their factors."""
-    return sum(_gram(layout, arrays) for layout, arrays in zip(layouts, factors, strict=True))
+    grams = [_gram(layout, arrays) for layout, arrays in zip(layouts, factors, strict=True)]
+    return jnp.sum(jnp.stack(grams), axis=0)
 
 
 def _gram(layout: Layout, arrays: Sequence[Array]) -> Float[Array, "tangents tangents"]:

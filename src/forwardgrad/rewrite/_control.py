@@ -23,8 +23,8 @@ from forwardgrad.rewrite._walk import PROGRAMS, Value, Walk, programs, rule
 def _inline(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
     # Forward mode keeps no residuals, so rematerialisation has nothing to save.
     (program,) = programs(eqn)
-    consts = program.consts if isinstance(program, ClosedJaxpr) else ()
-    return walk(getattr(program, "jaxpr", program), consts, invals)
+    closed = program if isinstance(program, ClosedJaxpr) else ClosedJaxpr(program, ())
+    return walk(closed.jaxpr, closed.consts, invals)
 
 
 @rule("scan", table=PROGRAMS)

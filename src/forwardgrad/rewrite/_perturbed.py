@@ -9,18 +9,28 @@ summed over the labels that the value does not have (the terms of a tangent of r
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-Label: TypeAlias = tuple[int | str, ...]
-"""`(leaf, axis)` of the parameter; splitting an axis appends to it."""
 
-RANK: Label = ("rank",)
+class Label(NamedTuple):
+    """The name of an axis: one of a parameter's, or a part that it was split into."""
+
+    leaf: int
+    axis: int
+    part: tuple[int, ...] = ()
+
+    def child(self, i: int) -> "Label":
+        """The name of the `i`-th part."""
+        return Label(self.leaf, self.axis, (*self.part, i))
+
+
+RANK = Label(-1, 0)
 """The label that the terms of a low-rank tangent are summed over."""
 
-TANGENTS: Label = ("tangents",)
+TANGENTS = Label(-1, 1)
 """The label that the K tangents of an estimator are summed over."""
 
 
@@ -49,7 +59,7 @@ class Factor:
         shape = self.array.shape
         return Factor(
             self.array.reshape(*shape[:i], *sizes, *shape[i + 1 :]),
-            (*self.labels[:i], (*label, 0), (*label, 1), *self.labels[i + 1 :]),
+            (*self.labels[:i], label.child(0), label.child(1), *self.labels[i + 1 :]),
         )
 
     def at(self, label: Label, index: int) -> "Factor":
@@ -111,8 +121,8 @@ class Perturbed:
                     return None
                 if have > size:
                     w = w.split(label, (size, have // size))
-                    pending.insert(0, (*label, 1))
-                    label, have = (*label, 0), size
+                    pending.insert(0, label.child(1))
+                    label, have = label.child(0), size
                 axis.append(label)
                 size //= have
             axes.append(tuple(axis))
@@ -120,7 +130,7 @@ class Perturbed:
 
     def split(self, label: Label, sizes: tuple[int, int]) -> "Perturbed":
         """The same weight with one label made two."""
-        parts = ((*label, 0), (*label, 1))
+        parts = (label.child(0), label.child(1))
         axes = tuple(
             tuple(new for old in axis for new in (parts if old == label else (old,)))
             for axis in self.axes

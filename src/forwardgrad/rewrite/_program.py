@@ -26,7 +26,7 @@ class FactorShape:
 
     def labels(self, leaf: int) -> tuple[Label, ...]:
         """The labels of the factor's axes."""
-        return tuple((leaf, axis) for axis in (*self.stacked, *self.own))
+        return tuple(Label(leaf, axis) for axis in (*self.stacked, *self.own))
 
 
 Layout = tuple[FactorShape, ...]
@@ -44,14 +44,17 @@ class Program:
 
     def __init__(self, fun: Callable[[Any], tuple[Any, Any]], params: Any):
         self.leaves, self.treedef = jax.tree.flatten(params)
+        structure = []
 
         def flat(leaves):
             value, aux = fun(self.treedef.unflatten(leaves))
-            arrays, self._static_aux = eqx.partition(aux, eqx.is_array)
-            aux_leaves, self._aux_treedef = jax.tree.flatten(arrays)
+            arrays, static = eqx.partition(aux, eqx.is_array)
+            aux_leaves, aux_treedef = jax.tree.flatten(arrays)
+            structure.append((aux_treedef, static))
             return value, aux_leaves
 
         self._closed: ClosedJaxpr = jax.make_jaxpr(flat)(self.leaves)
+        self._aux_treedef, self._static_aux = structure[-1]
 
     def evaluate(self, weights: Sequence[Any], walk: Walk) -> tuple[jax.Array, list[jax.Array]]:
         """The function's value and the arrays among its auxiliary data."""
@@ -127,7 +130,7 @@ def perturbed(
     """The parameter at position `leaf` with its tangent (of ones, where `arrays` is None)."""
     if value.size == 0:
         return value
-    axes = tuple(((leaf, axis),) if size != 1 else () for axis, size in enumerate(value.shape))
+    axes = tuple((Label(leaf, axis),) if size != 1 else () for axis, size in enumerate(value.shape))
     if arrays is None:
         arrays = [jnp.ones(factor_shape(value.shape, f), value.dtype) for f in layout]
     return Perturbed(value, axes, named(leaf, layout, arrays))
@@ -165,7 +168,7 @@ def combine_tangents(
     coefficients: jax.Array,
 ) -> jax.Array:
     """`sum_k coefficients[k] V_k` for tangents stacked along the first axis of their factors."""
-    out = tuple((leaf, axis) for axis in _axes(value.shape))
+    out = tuple(Label(leaf, axis) for axis in _axes(value.shape))
     weights = Factor(coefficients.astype(value.dtype), (TANGENTS,))
     factors = (weights, *named(leaf, layout, arrays, extra=(TANGENTS, RANK)))
     terms = [factors]

@@ -25,7 +25,7 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence
         contracted=[n for i in contracting[side] for n in weight.axes[i]],
         stacked=[n for i in batch[side] for n in weight.axes[i]],
     )
-    out = eqn.outvars[0].aval
+    out_shape = _out_shape(eqn)
     options = {
         "precision": eqn.params["precision"],
         "preferred_element_type": eqn.params["preferred_element_type"],
@@ -36,9 +36,9 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence
         return y
 
     def contribution(x, w):
-        sizes = [w.size(n) if n in w.labels else x.shape[n[1]] for n in x_labels]
+        sizes = [w.size(n) if n in w.labels else x.shape[n.axis] for n in x_labels]
         factor = Factor(x.reshape(sizes), x_labels)
-        return contract(factor, w.factors, out_labels, **options).reshape(out.shape)
+        return contract(factor, w.factors, out_labels, **options).reshape(out_shape)
 
     return [walk.apply(weight, primal, contribution, x)]
 
@@ -57,7 +57,7 @@ def _dot_labels(
     side: int,
 ) -> tuple[tuple[Label, ...], tuple[Label, ...]]:
     """The labels of x and of the product, given those of the weight."""
-    x_axes: list[tuple[Label, ...]] = [(("x", i),) for i in range(x_ndim)]
+    x_axes: list[tuple[Label, ...]] = [(Label(-2, i),) for i in range(x_ndim)]
     for pairs in (contracting, batch):
         for i, j in zip(pairs[1 - side], pairs[side], strict=True):
             x_axes[i] = weight.axes[j]
@@ -168,7 +168,7 @@ def _gather_factors(
         walk.record(contracted=(label,))
     else:
         walk.record(stacked=(label,))
-    new: tuple[Label, ...] = tuple((*label, "at", i) for i in range(indices.ndim))
+    new = tuple(label.child(2 + i) for i in range(indices.ndim))
 
     def pick(f: Factor) -> Factor:
         if label not in f.labels:
@@ -191,7 +191,7 @@ def _transpose(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[V
 @rule("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
 def _reshape(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
     weight, *dynamic = invals
-    shape = eqn.outvars[0].aval.shape
+    shape = _out_shape(eqn)
     permutes = eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None
     if dynamic or permutes or math.prod(shape) != weight.value.size:
         return None
@@ -240,7 +240,7 @@ def _slice(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value
         start, limit, stride = cuts[axis]
         return lambda a, i: jax.lax.slice_in_dim(a, start, limit, stride, axis=i)
 
-    return _each_axis(walk, invals[0], eqn.outvars[0].aval.shape, cut)
+    return _each_axis(walk, invals[0], _out_shape(eqn), cut)
 
 
 @rule("dynamic_slice")
@@ -286,3 +286,7 @@ def _rev(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] 
     for axis in eqn.params["dimensions"]:
         result = result and result.map_axis(axis, lambda a, i: jnp.flip(a, i))
     return None if result is None else [result]
+
+
+def _out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
+    return eqn.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]

@@ -125,23 +125,25 @@ class Walk:
         """Note what a rule does with the axes that the labels came from."""
         if self.roles is None:
             return
-        for leaf, axis, *_ in stacked:
-            if self.roles[leaf].contracted is None:
-                self.roles[leaf].stacked.add(axis)
-        first = {label[0] for label in contracted if self.roles[label[0]].contracted is None}
-        for leaf, axis, *_ in contracted:
-            if leaf in first:
-                self.roles[leaf].contracted = (self.roles[leaf].contracted or set()) | {axis}
+        for label in stacked:
+            if self.roles[label.leaf].contracted is None:
+                self.roles[label.leaf].stacked.add(label.axis)
+        # Only where it is first contracted: a tied embedding is looked up, then multiplied with.
+        first = {n.leaf for n in contracted if self.roles[n.leaf].contracted is None}
+        for leaf in first:
+            self.roles[leaf].contracted = {n.axis for n in contracted if n.leaf == leaf}
 
     def _equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
         name = eqn.primitive.name
         perturbed = any(isinstance(v, Perturbed) for v in invals)
         if name in PROGRAMS and (perturbed or holds_custom_vjp(eqn)):
-            return PROGRAMS[name](self, eqn, invals)
-        if perturbed and name in RULES:
+            outs = PROGRAMS[name](self, eqn, invals)
+        elif perturbed and name in RULES:
             outs = RULES[name](self, eqn, invals)
-            if outs is not None:
-                return outs
+        else:
+            outs = None
+        if outs is not None:
+            return outs
         return evaluate(eqn, [self.array(v) for v in invals])
 
 
