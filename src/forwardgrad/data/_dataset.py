@@ -1,0 +1,105 @@
+"""What a data set is to the rest of the package."""
+
+import abc
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int32, UInt8
+
+from forwardgrad._errors import InputError
+
+# Keeps the division by `std` harmless where a channel is (nearly) constant: one grey level.
+_LEAST_STD = 1 / 255
+_PART = 1024
+
+
+class Split(abc.ABC):
+    """A part of a data set: so many images, each with a label.
+
+    It comes in two kinds. A [`forwardgrad.data.ResidentSplit`][] holds arrays that fit on the
+    device; a [`forwardgrad.data.StreamedSplit`][] decodes batches while they are asked for.
+    """
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """The number of images."""
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentSplit(Split):
+    """A split that is held in memory, decoded.
+
+    **Arguments:**
+
+    - `images`: grey levels or colours, 0 to 255, channels last.
+    - `labels`: the class of each image, from 0.
+    """
+
+    images: UInt8[np.ndarray, "examples height width channels"]
+    labels: Int32[np.ndarray, " examples"]
+
+    def __post_init__(self):
+        if self.images.ndim != 4 or self.images.dtype != np.uint8:
+            raise InputError(
+                "images must be uint8 [examples, height, width, channels], "
+                f"got {self.images.dtype} {list(self.images.shape)}"
+            )
+        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != np.int32:
+            raise InputError(
+                f"labels must be int32 [{len(self.images)}], one for each image, "
+                f"got {self.labels.dtype} {list(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images of one size, split into train and test.
+
+    **Arguments:**
+
+    - `name`: what it was loaded as.
+    - `image_shape`: height, width and channels (1: grey, 3: RGB) of every image.
+    - `classes`: the names of the classes; a label is an index into them.
+    - `train`, `test`: the two splits.
+    - `mean`, `std`: of each channel over the training images scaled to [0, 1] (a sample of
+        them, if they are streamed). `std` is at least 1/255, so that it can be divided by.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    mean: Float[np.ndarray, " channels"]
+    std: Float[np.ndarray, " channels"]
+
+
+def channel_statistics(
+    images: UInt8[np.ndarray, "examples height width channels"],
+) -> tuple[Float[np.ndarray, " channels"], Float[np.ndarray, " channels"]]:
+    """Mean and standard deviation of each channel over all pixels of images scaled to [0, 1].
+
+    **Returns:**
+
+    Mean and standard deviation, float32, the latter at least 1/255.
+
+    >>> mean, std = channel_statistics(np.full((1, 1, 2, 1), 51, np.uint8))
+    >>> print(mean, std)
+    [0.2] [0.00392157]
+    """
+    levels = np.arange(256) / 255
+    counts = np.stack([_histogram(images[..., c]) for c in range(images.shape[-1])])
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ levels
+    variance = (share * (levels - mean[:, None]) ** 2).sum(axis=1)
+    std = np.maximum(np.sqrt(variance), _LEAST_STD)
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _histogram(channel: UInt8[np.ndarray, "examples height width"]) -> np.ndarray:
+    """How often each of the 256 levels occurs; in parts, since `bincount` makes int64 copies."""
+    parts = (channel[i : i + _PART] for i in range(0, len(channel), _PART))
+    return np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0)

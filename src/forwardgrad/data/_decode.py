@@ -1,0 +1,234 @@
+"""From a table's rows to pixels and labels."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from jaxtyping import Int, Int32, Int64, UInt8
+from PIL.Image import Image
+
+from forwardgrad._errors import InputError
+from forwardgrad.data._tables import Table, no_rows
+
+Mode = Literal["L", "RGB"]
+
+_GREY_MODES = ("1", "L", "LA", "La")
+# Rows, spread over the split, that decide whether its images have colours.
+_PROBES = 64
+_LABEL_NAMES = ("label", "labels")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a split, and the names of the classes where the table has any."""
+
+    values: Int64[np.ndarray, " examples"]
+    classes: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Random access to the decoded images and the labels of one split.
+
+    **Arguments:**
+
+    - `table`: where the undecoded images are.
+    - `column`: the name of the images' column.
+    - `labels`: the class of each row.
+    - `mode`: what every image is converted to, grey (`"L"`) or colour (`"RGB"`).
+    - `size`: height and width that every image must have.
+    """
+
+    table: Table
+    column: str
+    labels: Int32[np.ndarray, " examples"]
+    mode: Mode
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        return (*self.size, len(self.mode))
+
+    def take(
+        self, rows: Int[np.ndarray, " batch"]
+    ) -> tuple[UInt8[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]:
+        """Decode these rows.
+
+        **Raises:**
+
+        `InputError` for the first row that does not hold an image of the right size.
+        """
+        images = np.empty((len(rows), *self.image_shape), np.uint8)
+        cells = self.table.rows[rows.tolist()][self.column]
+        for image, row, cell in zip(images, rows, cells, strict=True):
+            image[...] = self._pixels(int(row), cell)
+        return images, self.labels[rows]
+
+    def spread(self, count: int) -> Int[np.ndarray, " rows"]:
+        """At most `count` rows, the first and last among them, evenly spread."""
+        return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
+
+    def _pixels(self, row: int, cell: Any) -> UInt8[np.ndarray, "height width channels"]:
+        image = _decoded(self.table, row, cell)
+        if (image.height, image.width) != self.size:
+            height, width = self.size
+            raise InputError(
+                f"images must have one size (height x width): row {row} of {self.table.where} is "
+                f"{image.height}x{image.width}, row 0 is {height}x{width}"
+            )
+        image.info.pop("transparency", None)  # dropped anyway, and Pillow would warn
+        return np.asarray(image.convert(self.mode)).reshape(self.image_shape)
+
+
+def train_and_test(train: Table, test: Table) -> tuple[Rows, Rows, tuple[str, ...]]:
+    """Rows of both splits, with the same kind of images and the same classes.
+
+    **Returns:**
+
+    The rows of train and of test, and the names of the classes.
+
+    **Raises:**
+
+    `InputError` if a split has no column of images or none of labels, if a label is outside the
+    classes, or if the splits differ in their classes, in size or in having colours.
+    """
+    for table in (train, test):
+        if not len(table.rows):
+            raise no_rows(table.where)
+    train_labels, test_labels = _labels(train), _labels(test)
+    classes = _classes(train, train_labels, test_labels)
+    for table, labels in ((train, train_labels), (test, test_labels)):
+        _check_range(table, labels, len(classes))
+    train_rows = _rows(train, train_labels, "L")
+    test_rows = _rows(test, test_labels, train_rows.mode)
+    if train_rows.image_shape != test_rows.image_shape:
+        raise InputError(
+            "train and test must hold images of the same shape (height, width, channels), got "
+            f"{train_rows.image_shape} in {train.where} and {test_rows.image_shape} in {test.where}"
+        )
+    return train_rows, test_rows, classes
+
+
+def _rows(table: Table, labels: Labels, mode: Mode) -> Rows:
+    """Rows in `mode`, or in colour if some image has colours; the size is that of row 0."""
+    column, raw = _image_column(table)
+    first = _decoded(raw, 0, raw.rows[0][column])
+    values = labels.values.astype(np.int32)
+    rows = Rows(raw, column, values, mode, (first.height, first.width))
+    probes = rows.spread(_PROBES).tolist()
+    cells = raw.rows[probes][column]
+    images = [_decoded(raw, row, cell) for row, cell in zip(probes, cells, strict=True)]
+    coloured = any(image.mode not in _GREY_MODES for image in images)
+    return dataclasses.replace(rows, mode="RGB") if coloured else rows
+
+
+def _decoded(table: Table, row: int, cell: Any) -> Image:
+    """The image in a cell `{bytes, path}`, loaded, in its own mode."""
+    if cell is None:
+        raise InputError(f"row {row} of {table.where} holds no image")
+    try:
+        image = datasets.Image().decode_example({"bytes": cell["bytes"], "path": cell.get("path")})
+    except Exception as error:  # every image format raises its own classes
+        raise InputError(
+            f"row {row} of {table.where} cannot be decoded as an image: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
+    if image.mode.startswith(("I", "F")):
+        raise InputError(
+            f"row {row} of {table.where} has pixels of more than 8 bits (mode {image.mode!r}); "
+            "expected an 8-bit grey or colour image"
+        )
+    return image
+
+
+def _image_column(table: Table) -> tuple[str, Table]:
+    """The name of the first column of images, and the table with that column alone, undecoded."""
+    for name, feature in table.rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = table.rows.select_columns(name).cast_column(name, datasets.Image(decode=False))
+            return name, Table(rows, table.where)
+        if _is_bare_image(feature):
+            return name, Table(table.rows.select_columns(name), table.where)
+    raise InputError(f"{table.where} has no column of images (it has {_columns(table)})")
+
+
+def _is_bare_image(feature: Any) -> bool:
+    """Whether it is what a parquet file without Hugging Face's metadata has for an image."""
+    content = feature.get("bytes") if isinstance(feature, dict) else None
+    return isinstance(content, datasets.Value) and content.dtype in ("binary", "large_binary")
+
+
+def _labels(table: Table) -> Labels:
+    """The labels of a table: its first column of classes, else its column of integers."""
+    features = table.rows.features
+    column = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
+    classes = None if column is None else tuple(features[column].names)
+    column = column or _integer_column(table)
+    # A missing label counts as -1, which marks unlabelled data on the hub.
+    values = table.rows.data.column(column).cast("int64", safe=False).fill_null(-1).to_numpy()
+    return Labels(values, classes)
+
+
+def _integer_column(table: Table) -> str:
+    integers = [name for name, f in table.rows.features.items() if _is_integer(f)]
+    named = [name for name in _LABEL_NAMES if name in table.rows.features]
+    if named and named[0] in integers:
+        return named[0]
+    if named:
+        raise InputError(
+            f"column {named[0]!r} of {table.where} does not hold labels: expected integers or "
+            f"classes (it has {_columns(table)})"
+        )
+    if len(integers) == 1:
+        return integers[0]
+    problem = "more than one column that could be" if integers else "no column of"
+    raise InputError(f"{table.where} has {problem} labels (it has {_columns(table)})")
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+
+
+def _columns(table: Table) -> str:
+    kinds = {n: getattr(f, "dtype", type(f).__name__) for n, f in table.rows.features.items()}
+    return ", ".join(f"{name!r}: {kind}" for name, kind in kinds.items())
+
+
+def _classes(table: Table, train: Labels, test: Labels) -> tuple[str, ...]:
+    """The names of the classes; plain integer labels are their own names."""
+    if train.classes and test.classes and train.classes != test.classes:
+        raise InputError(
+            f"train and test must have the same classes, got {_listed(train.classes)} and "
+            f"{_listed(test.classes)}"
+        )
+    if train.classes or test.classes:
+        return train.classes or test.classes or ()
+    present = np.unique(train.values[train.values >= 0])
+    gaps = np.flatnonzero(present != np.arange(len(present)))
+    if gaps.size:
+        raise InputError(
+            f"labels of {table.where} must be 0, 1, 2, ... without gaps: "
+            f"{present[gaps[0]]} occurs, {gaps[0]} does not"
+        )
+    return tuple(str(label) for label in present)
+
+
+def _listed(classes: tuple[str, ...]) -> str:
+    shown = ", ".join(repr(name) for name in classes[:3])
+    return f"{len(classes)} ({shown}{', ...' if len(classes) > 3 else ''})"
+
+
+def _check_range(table: Table, labels: Labels, classes: int) -> None:
+    outside = np.flatnonzero((labels.values < 0) | (labels.values >= classes))
+    if outside.size:
+        row, label = outside[0], labels.values[outside[0]]
+        raise InputError(
+            f"row {row} of {table.where} has label {label}, outside the {classes} classes from 0"
+            + (" (-1 marks unlabelled data)" if label == -1 else "")
+        )

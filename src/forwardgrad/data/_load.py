@@ -1,0 +1,142 @@
+"""Data sets by name."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from forwardgrad._errors import InputError, unknown_name
+from forwardgrad.data._dataset import Dataset, Split, channel_statistics
+from forwardgrad.data._decode import Rows, train_and_test
+from forwardgrad.data._digits import digits
+from forwardgrad.data._stream import StreamedSplit, resident
+from forwardgrad.data._tables import Table, from_folder, from_hub
+
+RESIDENT_LIMIT = 2**30
+"""Bytes of decoded images, train and test together, up to which a data set is held in memory."""
+
+# Images of a streamed split, evenly spread, that are decoded at once: for its mean and standard
+# deviation, and to meet images of other sizes before the training does.
+_SAMPLE = 1024
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """Where the hub has a data set, and whether its images have many sizes there."""
+
+    repository: str
+    test_split: str = "test"
+    mixed_sizes: bool = False
+
+
+_HUB = {
+    "mnist": _Hub("ylecun/mnist"),
+    "cifar10": _Hub("uoft-cs/cifar10"),
+    "tiny-imagenet": _Hub("zh-plus/tiny-imagenet", "valid"),
+    "imagenet": _Hub("ILSVRC/imagenet-1k", "validation", mixed_sizes=True),
+}
+
+NAMES: tuple[str, ...] = ("digits", *_HUB)
+"""The data sets that have a name of their own."""
+
+
+def load(
+    name: str, data_dir: Path | str | None = None, *, resident_limit: int = RESIDENT_LIMIT
+) -> Dataset:
+    """A data set of labelled images, from a file, a folder or the Hugging Face hub.
+
+    A set whose decoded images need no more than `resident_limit` bytes is decoded at once, into
+    [`forwardgrad.data.ResidentSplit`][]s; a larger one becomes
+    [`forwardgrad.data.StreamedSplit`][]s, which never hold it whole. Images must have one size;
+    where some have colours, all are converted to RGB. No downloaded code is run.
+
+    **Arguments:**
+
+    - `name`: one of `NAMES`; the name of a data set on the Hugging Face hub (`"owner/name"`); or
+        a local folder that holds `train.parquet` and `test.parquet` in the hub's schema, or
+        folders `train` and `test` with a folder of images for each class. `"digits"` comes with
+        scikit-learn and needs no file.
+    - `data_dir`: a folder that holds `NAME/train.parquet` and `NAME/test.parquet`. Default: the
+        environment variable `FORWARDGRAD_DATA`. With it the hub is never asked.
+    - `resident_limit`: in bytes.
+
+    **Returns:**
+
+    The data set.
+
+    **Raises:**
+
+    `InputError`, with a sentence that says what to do, if the name is unknown, a file is missing,
+    empty, truncated or without images and labels, an image cannot be decoded or has another size,
+    a label is outside the classes, train and test do not match, or the hub cannot be reached.
+
+    >>> dataset = load("digits")
+    >>> len(dataset.train), len(dataset.test), dataset.image_shape, len(dataset.classes)
+    (1437, 360, (8, 8, 1), 10)
+    """
+    folder = _data_folder(data_dir)
+    if name == "digits":
+        return digits()
+    train, test, classes = train_and_test(*_tables(name, folder))
+    decoded = (len(train) + len(test)) * math.prod(train.image_shape)
+    split = _resident if decoded <= resident_limit else _streamed
+    (train_split, sample), (test_split, _) = split(train), split(test)
+    mean, std = channel_statistics(sample)
+    return Dataset(name, train.image_shape, classes, train_split, test_split, mean, std)
+
+
+def _resident(rows: Rows) -> tuple[Split, np.ndarray]:
+    """The split and the images to take statistics of: all."""
+    split = resident(rows)
+    return split, split.images
+
+
+def _streamed(rows: Rows) -> tuple[Split, np.ndarray]:
+    """The split and the images to take statistics of: some, which shows bad rows early."""
+    return StreamedSplit(rows), rows.take(rows.spread(_SAMPLE))[0]
+
+
+def _data_folder(data_dir: Path | str | None) -> Path | None:
+    source = "data_dir" if data_dir else "FORWARDGRAD_DATA"
+    data_dir = data_dir or os.environ.get("FORWARDGRAD_DATA")
+    if not data_dir:
+        return None
+    folder = Path(os.path.expanduser(data_dir))
+    if not folder.is_dir():
+        raise InputError(f"{source} {folder} is not a folder; expected one that holds data sets")
+    return folder
+
+
+def _tables(name: str, data_dir: Path | None) -> tuple[Table, Table]:
+    """Where `name` is: under `data_dir`, else a local folder, else on the hub."""
+    local = Path(os.path.expanduser(name))  # unlike the method, leaves an unknown user be
+    on_hub = name in _HUB or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
+    if data_dir is not None and name and (data_dir / name).is_dir():
+        return from_folder(data_dir / name)
+    if name and name not in _HUB and local.is_dir():
+        return from_folder(local)
+    if on_hub and data_dir is not None:
+        raise InputError(
+            f"dataset {name!r} is not in the data folder {data_dir}: put it there as "
+            f"{data_dir / name / 'train.parquet'} and {data_dir / name / 'test.parquet'}"
+        )
+    if on_hub:
+        return _from_hub(name)
+    if "/" in name:
+        raise InputError(f"dataset {name!r} is not a folder; expected one that holds a data set")
+    raise unknown_name("dataset", name, NAMES)
+
+
+def _from_hub(name: str) -> tuple[Table, Table]:
+    entry = _HUB.get(name)
+    if entry is None:
+        return from_hub(name, name)
+    if entry.mixed_sizes:
+        raise InputError(
+            f"dataset {name!r} has images of many sizes on the Hugging Face hub, and they must "
+            f"have one: put resized copies into {name}/train.parquet and {name}/test.parquet in "
+            "a folder and name that folder with --data-dir, data_dir= or FORWARDGRAD_DATA"
+        )
+    return from_hub(name, entry.repository, entry.test_split)

@@ -1,0 +1,186 @@
+"""Tables of undecoded rows: from parquet files, folders of images, the Hugging Face hub."""
+
+import contextlib
+import glob
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import datasets.config
+import datasets.utils
+import huggingface_hub
+import huggingface_hub.utils
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+from forwardgrad._errors import InputError
+
+# Seconds before a hub that does not answer counts as out of reach.
+_HUB_TIMEOUT = 5.0
+_TEST_SPLITS = ("test", "validation", "valid")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one split, memory-mapped, and what to call them in messages."""
+
+    rows: datasets.Dataset
+    where: str
+
+
+def from_folder(folder: Path) -> tuple[Table, Table]:
+    """Train and test of a folder of `{train,test}.parquet` or of `{train,test}/CLASS/IMAGE`.
+
+    **Raises:**
+
+    `InputError` if it is neither, or a file is missing, empty, truncated or unreadable.
+    """
+    if any((folder / f"{split}.parquet").exists() for split in ("train", "test")):
+        return from_parquet(folder / "train.parquet"), from_parquet(folder / "test.parquet")
+    if any((folder / split).is_dir() for split in ("train", "test")):
+        return from_images(folder / "train"), from_images(folder / "test")
+    raise InputError(
+        f"folder {folder} holds no data set: put train.parquet and test.parquet there, "
+        "or folders train and test with a folder of images for each class"
+    )
+
+
+def from_parquet(path: Path) -> Table:
+    """The rows of one parquet file, once it has been seen to be one."""
+    if not path.is_file():
+        raise InputError(f"file {path} is missing: put the {path.stem} rows there, as parquet")
+    try:
+        rows = pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"file {path} is not a complete parquet file (truncated?): {_reason(error)}"
+        ) from error
+    if rows == 0:
+        raise no_rows(str(path))
+    return _read("parquet", path, path)
+
+
+def no_rows(where: str) -> InputError:
+    """The error for an empty split."""
+    return InputError(f"{where} has no rows; expected at least one image with its label")
+
+
+def from_images(folder: Path) -> Table:
+    """The images of a folder that holds one folder of them for each class."""
+    if not folder.is_dir():
+        raise InputError(f"folder {folder} is missing: put a folder of images for each class there")
+    return _read("imagefolder", folder, folder / "**")
+
+
+def _read(builder: str, source: Path, files: Path) -> Table:
+    pattern = str(Path(glob.escape(str(source.absolute()))) / files.relative_to(source))
+    try:
+        # Online, even a local file makes `datasets` report to the hub that it is being read.
+        with _quiet(), _offline():
+            rows = datasets.load_dataset(builder, data_files={"train": pattern}, split="train")
+    except Exception as error:  # readers, decompressors and the cache each have their own classes
+        raise InputError(
+            f"{source} cannot be loaded as {builder} through the cache "
+            f"{datasets.config.HF_DATASETS_CACHE}: {_reason(error)}"
+        ) from error
+    return Table(rows, str(source))
+
+
+def from_hub(name: str, repository: str, test_split: str | None = None) -> tuple[Table, Table]:
+    """Train and test of a data set on the Hugging Face hub, or of its copy in the local cache.
+
+    No code is downloaded: the package asks for `datasets` >= 4, which only reads data files.
+
+    **Arguments:**
+
+    - `name`: what the caller asked for.
+    - `repository`: its name on the hub, `"owner/name"`.
+    - `test_split`: what the hub calls the test split; None: the first of `test`, `validation`
+        and `valid` that there is.
+
+    **Raises:**
+
+    `InputError` if the hub has no such data set, cannot be reached within a few seconds and the
+    cache does not have it either, or has no train and test split.
+    """
+    with _quiet():
+        reachable = _hub_has(repository)
+        try:
+            with contextlib.nullcontext() if reachable else _offline():
+                splits = datasets.load_dataset(repository)
+        except Exception as error:  # network, disk, parser: each has its own classes
+            raise _hub_error(name, repository, reachable, error) from error
+    test = test_split or next((s for s in _TEST_SPLITS if s in splits), "test")
+    missing = [split for split in ("train", test) if split not in splits]
+    if missing:
+        raise InputError(
+            f"dataset {name!r} has no split {missing[0]!r} on the Hugging Face hub, "
+            f"only {', '.join(map(str, splits))}"
+        )
+    train, test = (Table(splits[s], f"split {s!r} of {repository}") for s in ("train", test))
+    return train, test
+
+
+def _hub_has(repository: str) -> bool:
+    """Whether the hub answers; asked once, since `load_dataset` would retry for minutes."""
+    hub = huggingface_hub.HfApi(endpoint=datasets.config.HF_ENDPOINT)
+    try:
+        hub.dataset_info(repository, timeout=_HUB_TIMEOUT)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"dataset {repository!r} is unknown: the Hugging Face hub has no public data set "
+            "of that name, and no local folder is called so"
+        ) from error
+    except Exception:  # name service, proxy, timeout, 5xx: depends on the HTTP library
+        return False
+    return True
+
+
+def _hub_error(name: str, repository: str, reachable: bool, error: Exception) -> InputError:
+    if reachable:
+        return InputError(
+            f"dataset {name!r} ({repository} on the Hugging Face hub) cannot be loaded: "
+            f"{_reason(error)}"
+        )
+    return InputError(
+        f"dataset {name!r}: the Hugging Face hub ({datasets.config.HF_ENDPOINT}) cannot be reached "
+        f"and its local cache has no copy; put {name}/train.parquet and {name}/test.parquet into a "
+        "folder and name that folder with --data-dir, data_dir= or FORWARDGRAD_DATA"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that began it all."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """`datasets` reads files and its cache, and does not wait for a network."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, log lines or warnings of the Hugging Face libraries."""
+    with contextlib.ExitStack() as restore, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for library in (datasets.utils, huggingface_hub.utils):
+            restore.callback(library.logging.set_verbosity, library.logging.get_verbosity())
+            library.logging.set_verbosity(logging.CRITICAL)
+            if not library.are_progress_bars_disabled():
+                restore.callback(library.enable_progress_bars)
+                library.disable_progress_bars()
+        yield
