@@ -40,14 +40,14 @@ class WeightPerturbation(AbstractEstimator):
     that grows with depth, and one pass over the primal for all K.
 
     With `structure="rank-one"` the tangent of a weight matrix is an outer product
-    $V = a b^\top$ of two independent vectors. This is just as unbiased, has the same total
-    variance $(D - 1 + \kappa) \lVert\nabla f\rVert^2$ up to the fourth-moment term, and is never
-    built: $x V = (x a) b^\top$ costs $O(B(m + n))$ where a dense tangent costs a second matrix
-    product. The function is rewritten for that, see [the rewrite](../rewrite.md); a weight in a
-    place the rewrite does not know gets its tangent as an array, exact and only slower.
+    $V = a b^\top$ of two independent vectors. This is just as unbiased, and never built:
+    $x V = (x a) b^\top$ costs $O(B(m + n))$ for a batch of B, where a dense tangent costs a second
+    matrix product. The function is rewritten for that (see "How the rewrite works"); a weight in
+    a place that the rewrite does not know gets its tangent as an array, exact and only slower.
 
-    The variance grows like D/K with the number D of parameters. For a single tangent from
-    `"rademacher"` or `"sphere"`, $\lVert\hat g\rVert^2 = d^2 D$ exactly.
+    With D parameters, signs or spheres, dense or rank-one, one tangent has
+    $\lVert v \rVert^2 = D$, hence $\lVert\hat g\rVert^2 = d^2 D$, and the estimate has the total
+    variance $(D - 1) \lVert\nabla f\rVert^2$; K tangents divide it by K.
 
     **Arguments:**
 

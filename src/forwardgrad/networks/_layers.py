@@ -1,0 +1,60 @@
+"""Layers that the networks share: weights [in, out], images [batch, height, width, channels]."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+
+def he_normal(
+    key: Key[Array, ""], shape: tuple[int, ...], gain: float = 2.0
+) -> Float[Array, "..."]:
+    """Normal weights of variance `gain / fan_in`, the fan-in being all axes but the last.
+
+    The default keeps the scale of activations through a ReLU (He et al. 2015).
+    """
+    return jax.random.normal(key, shape) * math.sqrt(gain / math.prod(shape[:-1]))
+
+
+class Linear(eqx.Module):
+    """`x @ weight + bias`, with `weight` [in, out]."""
+
+    weight: Float[Array, "inputs outputs"]
+    bias: Float[Array, " outputs"]
+
+    def __init__(self, inputs: int, outputs: int, *, key: Key[Array, ""], gain: float = 2.0):
+        self.weight = he_normal(key, (inputs, outputs), gain)
+        self.bias = jnp.zeros(outputs)
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        return x @ self.weight + self.bias
+
+
+class Conv3x3(eqx.Module):
+    """A 3x3 convolution that keeps height and width, with `weight` [3, 3, in, out]."""
+
+    weight: Float[Array, "3 3 inputs outputs"]
+    bias: Float[Array, " outputs"]
+
+    def __init__(self, inputs: int, outputs: int, *, key: Key[Array, ""]):
+        self.weight = he_normal(key, (3, 3, inputs, outputs))
+        self.bias = jnp.zeros(outputs)
+
+    def __call__(
+        self, x: Float[Array, "batch height width inputs"]
+    ) -> Float[Array, "batch height width outputs"]:
+        y = jax.lax.conv_general_dilated(
+            x, self.weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y + self.bias
+
+
+def max_pool(
+    x: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch half_height half_width channels"]:
+    """The maximum of each 2x2 square; an odd last row or column is left out."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
