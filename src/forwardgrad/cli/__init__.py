@@ -1,0 +1,5 @@
+"""The command line."""
+
+from forwardgrad.cli._main import main as main
+
+__all__ = ["main"]

@@ -1,0 +1,57 @@
+"""`forwardgrad train`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from forwardgrad.training import TrainConfig, fit
+
+DESCRIPTION = """Train a network, by default without backpropagation.
+
+examples:
+  forwardgrad train
+      forward gradients on scikit-learn's digits, a minute on two cores
+  forwardgrad train --dataset mnist --data-dir data --network cnn --algorithm bp --epochs 10
+      backpropagation on data/mnist/{train,test}.parquet
+  forwardgrad train --dataset mnist --tangents 16 --epochs 100 --out runs/long --resume
+      start runs/long, or continue it after an interruption
+"""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train with the options given, and say what came of it."""
+    config = tyro.cli(
+        TrainConfig,
+        prog="forwardgrad train",
+        description=DESCRIPTION,
+        args=arguments,
+    )
+    console = Console()
+    summary = fit(config, console=console)
+    if summary["was_finished"]:
+        console.print(f"The run in {summary['out']} is finished already.", highlight=False)
+    console.print(summary_table(summary))
+    return 0
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """What a run did, and where its files are."""
+    table = Table(show_header=False, title="forwardgrad train")
+    rows = {
+        "algorithm": summary["algorithm"],
+        "network": f"{summary['network']}, {summary['parameters']:,} parameters",
+        "data set": summary["dataset"],
+        "trained for": f"{summary['epochs']:g} epochs, {summary['steps']} steps, "
+        f"{summary['seconds']:.0f} s on {summary['backend']}",
+        "training loss": f"{summary['train_loss']:.4f}",
+        "training error": f"{summary['train_error']:.2f} %",
+        "test error": f"{summary['test_error']:.2f} %",
+        "files": f"{summary['out']}/: summary.json, metrics.jsonl, curves.png, config.json, "
+        "checkpoints",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

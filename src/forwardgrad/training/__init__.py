@@ -1,0 +1,8 @@
+"""Training: one step, one loop, checkpoints, metrics."""
+
+from forwardgrad.training._algorithms import ALGORITHMS as ALGORITHMS
+from forwardgrad.training._config import TrainConfig as TrainConfig
+from forwardgrad.training._interrupt import Interrupted as Interrupted
+from forwardgrad.training._loop import fit as fit
+
+__all__ = ["ALGORITHMS", "Interrupted", "TrainConfig", "fit"]

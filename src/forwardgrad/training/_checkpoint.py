@@ -1,0 +1,118 @@
+"""Checkpoints: arrays by Orbax, with a digest, so that damage is noticed."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from forwardgrad._errors import InputError
+from forwardgrad.training._files import writing
+from forwardgrad.training._state import TrainState
+
+KEEP = 2
+"""Checkpoints of a run that are kept: the last, and one in case it gets damaged."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder.
+
+    **Arguments:**
+
+    - `folder`: where they are, or will be.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder.absolute()
+        # Orbax warns through absl's logger of choices that are made for us.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        with writing(folder):
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=KEEP, enable_async_checkpointing=False
+                ),
+                item_names=("arrays", "meta"),
+            )
+
+    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
+        """Store a state and what belongs to it, if that step is not stored yet."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        arrays = named_arrays(state)
+        meta = {**progress, "digests": {k: digest(v) for k, v in arrays.items()}}
+        with writing(self._folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
+                ),
+            )
+            self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+        """The newest intact state and what belongs to it; None if none was stored.
+
+        **Returns:**
+
+        Also a sentence for each newer checkpoint that is damaged.
+
+        **Raises:**
+
+        `InputError` if every checkpoint is damaged or belongs to something else.
+        """
+        problems = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return *self._restore(step, like), problems
+            except InputError as error:
+                problems.append(str(error))
+        if problems:
+            raise InputError(
+                f"no checkpoint in {self._folder} can be used ({'; '.join(problems)}); start anew "
+                "with another --out"
+            )
+        return None
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._manager.close()
+
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        where = self._folder / str(step)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
+                ),
+            )
+            arrays, meta = restored["arrays"], dict(restored["meta"])
+            digests = meta.pop("digests")
+            intact = {k: digest(v) for k, v in arrays.items()} == digests
+        except Exception as error:
+            raise InputError(f"checkpoint {where} is damaged: it cannot be read") from error
+        if not intact:
+            raise InputError(f"checkpoint {where} is damaged: its contents have changed")
+        expected = named_arrays(like)
+        if {k: (v.shape, v.dtype) for k, v in expected.items()} != {
+            k: (v.shape, v.dtype) for k, v in arrays.items()
+        }:
+            raise InputError(f"checkpoint {where} holds the arrays of another network or optimiser")
+        leaves = [jax.numpy.asarray(arrays[name]) for name in expected]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
+
+
+def named_arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """The arrays of a state by their place in it."""
+    paths = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
+
+
+def digest(array: Any) -> str:
+    """The SHA-256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,0 +1,43 @@
+"""The error of a network on a split."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from forwardgrad.data import ResidentSplit, Split, StreamedSplit
+from forwardgrad.training._state import Loss
+
+BATCH = 500
+
+
+def make_error(loss: Loss, split: Split, limit: int | None = None) -> Callable[[PyTree], float]:
+    """A function of the parameters: the per cent of wrong predictions on a split.
+
+    `limit` stops after about that many examples of a streamed split.
+    """
+    count = jax.jit(lambda params, images, labels: loss(params, images, labels)[1]["errors"])
+
+    def error(params: PyTree) -> float:
+        wrong = total = 0
+        for images, labels in _batches(split, limit):
+            wrong += int(count(params, images, labels))
+            total += len(labels)
+        return 100.0 * wrong / total
+
+    return error
+
+
+def _batches(split: Split, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    if isinstance(split, ResidentSplit):
+        for start in range(0, len(split), BATCH):
+            yield split.images[start : start + BATCH], split.labels[start : start + BATCH]
+        return
+    assert isinstance(split, StreamedSplit)
+    seen = 0
+    for images, labels in split.ordered(BATCH):
+        yield images, labels
+        seen += len(labels)
+        if limit is not None and seen >= limit:
+            return

@@ -1,0 +1,84 @@
+"""Files that are whole or absent."""
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from forwardgrad._errors import InputError
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission is denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of the path is a file",
+}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a disk can do to a write into one sentence.
+
+    **Raises:**
+
+    `InputError` that names the path and the reason.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = _DISK.get(getattr(error, "errno", None) or 0)
+        if reason is None and "No space left" in str(error):
+            reason = _DISK[errno.ENOSPC]
+        if reason is None:
+            raise
+        raise InputError(
+            f"cannot write {path}: {reason}; what was written before is kept, and --resume "
+            "continues from the last checkpoint"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by another at once: a reader sees the old one or the new one."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a JSON value."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value.
+
+    **Raises:**
+
+    `InputError` if it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is damaged: expected JSON, got {error}") from error
+
+
+def write_lines(path: Path, lines: Iterable[dict]) -> None:
+    """A file of JSON lines, replaced at once."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,213 @@
+"""The one training loop."""
+
+import datetime
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from forwardgrad import __version__
+from forwardgrad._errors import InputError
+from forwardgrad.training._algorithms import resolve
+from forwardgrad.training._checkpoint import Checkpoints
+from forwardgrad.training._config import TrainConfig
+from forwardgrad.training._files import write_json
+from forwardgrad.training._folder import CHECKPOINTS, CURVES, SUMMARY, open_folder
+from forwardgrad.training._interrupt import Interrupted, StopRequest
+from forwardgrad.training._metrics import Metrics, read_lines
+from forwardgrad.training._plots import plot_curves
+from forwardgrad.training._progress import Progress
+from forwardgrad.training._run import Run
+from forwardgrad.training._state import Feed, TrainState
+
+CHUNK_SECONDS = 1.0
+"""How long the compiled loop runs before it looks at signals, the clock and the terminal."""
+
+
+def fit(config: TrainConfig, *, console: Console | None = None) -> dict[str, Any]:
+    """Train a network, and leave everything about it in a folder.
+
+    The folder gets `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`, TensorBoard
+    events and `checkpoints/`. A run that was interrupted, by whatever, and is continued with
+    `resume` ends with the same bits as one that was not.
+
+    **Arguments:**
+
+    - `config`: the settings.
+    - `console`: shows a progress line, if given.
+
+    **Returns:**
+
+    The summary, as in `summary.json`, and `"out"`, the folder.
+
+    **Raises:**
+
+    - `InputError` if a setting, a file or the folder cannot be used, or the loss is not finite.
+    - `Interrupted` after SIGINT or SIGTERM, when a checkpoint has been written.
+    """
+    config = resolve(config)
+    folder, finished = open_folder(config)
+    if finished is not None:
+        return {**finished, "out": str(folder), "was_finished": True}
+    with Progress(console) as progress:
+        progress.note(f"loading {config.dataset} ...")
+        session = _Session(config, folder, Run(config), progress)
+        try:
+            session.train()
+            return session.finish()
+        finally:
+            session.close()
+
+
+class _Session:
+    """One process's share of a run: from a checkpoint, or the start, to an end or the next."""
+
+    def __init__(self, config: TrainConfig, folder: Path, run: Run, progress: Progress):
+        self.config, self.folder, self.run, self.progress = config, folder, run, progress
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS)
+        self.state, self.seconds, lines = run.state, 0.0, []
+        restored = self.checkpoints.restore(run.state)
+        if restored is not None:
+            self.state, stored, problems = restored
+            self.seconds = stored["seconds"]
+            lines = read_lines(folder, stored["lines"])
+            for problem in problems:
+                progress.note(f"{problem}; continuing from an older one")
+        self.step = int(self.state.step)
+        self.metrics = Metrics(folder, lines)
+        self.saved_at = time.monotonic()
+
+    def train(self) -> None:
+        """Take the state to the last step."""
+        self.progress.start(self.step, self.run.steps, self.run.steps_per_epoch)
+        with StopRequest() as stop:
+            for feed, start, end in self._chunks():
+                began = time.monotonic()
+                self.state = self.run.advance(self.state, feed, start, end)
+                losses = np.asarray(self.state.losses)
+                self.seconds += time.monotonic() - began
+                self.step += end - start
+                self._check_finite(losses, end - start)
+                self._report(losses)
+                if stop.signum is not None:
+                    self._stop(stop.signum)
+                if time.monotonic() - self.saved_at > self.config.checkpoint_every:
+                    self._save()
+
+    def finish(self) -> dict[str, Any]:
+        """Measure the final errors, and write the summary and the picture."""
+        self._save()
+        summary = {
+            "algorithm": self.config.algorithm,
+            "network": self.config.network,
+            "dataset": self.config.dataset,
+            "epochs": self.step / self.run.steps_per_epoch,
+            "steps": self.step,
+            "seed": self.config.seed,
+            "parameters": self.run.parameters,
+            "test_error": self.run.test_error(self.state.params),
+            "train_error": self.run.train_error(self.state.params),
+            "train_loss": self.metrics.lines[-1]["loss"],
+            "seconds": self.seconds,
+            "backend": jax.default_backend(),
+            "jax_version": jax.__version__,
+            "forwardgrad_version": __version__,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        title = f"{self.config.algorithm}, {self.config.network}, {self.config.dataset}"
+        plot_curves(self.folder / CURVES, self.metrics.lines, title)
+        # Last: a run is finished when its summary is there.
+        write_json(self.folder / SUMMARY, summary)
+        return {**summary, "out": str(self.folder), "was_finished": False}
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.metrics.close()
+        self.checkpoints.close()
+
+    def _chunks(self) -> Iterator[tuple[Feed, int, int]]:
+        """Feeds with ranges of steps in them, each about `CHUNK_SECONDS` long."""
+        count = 1
+        while self.step < self.run.steps:
+            for feed, start, stop in self.run.feeds.epoch(
+                *divmod(self.step, self.run.steps_per_epoch)
+            ):
+                while start < stop and self.step < self.run.steps:
+                    end = start + min(count, stop - start, self._steps_to_next_line())
+                    began = time.monotonic()
+                    yield feed, start, end
+                    each = (time.monotonic() - began) / (end - start)
+                    count = max(1, min(2 * count, int(CHUNK_SECONDS / each)))
+                    start = end
+
+    def _steps_to_next_line(self) -> int:
+        left = self.run.steps - self.step
+        if self.config.log_every is None:
+            return left
+        return min(left, self.config.log_every - self.step % self.config.log_every)
+
+    def _check_finite(self, losses: np.ndarray, count: int) -> None:
+        for step in range(self.step - count, self.step):
+            value = losses[step % self.run.steps_per_epoch]
+            if not np.isfinite(value):
+                raise self._diverged(f"the loss is {value} at step {step}")
+
+    def _diverged(self, what: str) -> InputError:
+        return InputError(
+            f"{what}, the run diverged: try a learning_rate below {self.config.learning_rate} or a "
+            f"smaller clip; the last finite checkpoint is kept in {self.folder / CHECKPOINTS}"
+        )
+
+    def _report(self, losses: np.ndarray) -> None:
+        position = (self.step - 1) % self.run.steps_per_epoch + 1
+        every = self.config.log_every
+        if every is not None and self.step % every == 0:
+            count = min(every, self.run.steps_per_epoch)
+            recent = losses[np.arange(self.step - count, self.step) % self.run.steps_per_epoch]
+            self.metrics.add(self._line("steps", float(np.mean(recent))))
+        if position == self.run.steps_per_epoch or self.step == self.run.steps:
+            self._report_epoch(losses[:position], position)
+        self.progress.update(self.step, float(np.mean(losses[:position])))
+
+    def _report_epoch(self, losses: np.ndarray, position: int) -> None:
+        line = self._line("epoch", float(np.mean(losses)))
+        wrong = int(np.sum(np.asarray(self.state.errors)[:position]))
+        line["train_error"] = 100.0 * wrong / (position * self.config.batch_size)
+        epoch = -(-self.step // self.run.steps_per_epoch)
+        if epoch % self.config.eval_every == 0 or self.step == self.run.steps:
+            line["test_error"] = self.run.test_error(self.state.params)
+            self.progress.error = line["test_error"]
+        self.metrics.add(line)
+
+    def _line(self, event: str, loss: float) -> dict[str, Any]:
+        return {
+            "event": event,
+            "epoch": self.step / self.run.steps_per_epoch,
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": float(np.asarray(self.run.learning_rate(self.step))),
+            "seconds": self.seconds,
+        }
+
+    def _stop(self, signum: int) -> None:
+        self._save()
+        raise Interrupted(
+            f"stopped at step {self.step} of {self.run.steps}; the checkpoint is in "
+            f"{self.folder / CHECKPOINTS}, and --resume --out {self.folder} continues the run",
+            signum,
+        )
+
+    def _save(self) -> None:
+        if not all(np.isfinite(leaf).all() for leaf in _parameters(self.state)):
+            raise self._diverged(f"the parameters are not finite after step {self.step}")
+        progress = {"seconds": self.seconds, "lines": len(self.metrics.lines)}
+        self.checkpoints.save(self.state, progress)
+        self.saved_at = time.monotonic()
+
+
+def _parameters(state: TrainState) -> Iterator[np.ndarray]:
+    return (np.asarray(leaf) for leaf in jax.tree.leaves(state.params))
