@@ -179,7 +179,9 @@ class WeightPerturbation(AbstractEstimator):
                 f"tangents must be at most the number of parameters ({size}) for orthogonal "
                 f"tangents, got {self.tangents}"
             )
-        gram = gram_matrix(layouts, factors).astype(derivatives.dtype)
+        gram = gram_matrix(layouts, factors)
+        # Linear algebra knows no half precision.
+        derivatives = derivatives.astype(jnp.promote_types(derivatives.dtype, gram.dtype))
         # The pseudo-inverse, because random signs may repeat a tangent of a tiny model.
         projected = jnp.linalg.pinv(gram, hermitian=True) @ derivatives
         return projected * (size / self.tangents)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax
-from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
 
 from forwardgrad.rewrite._perturbed import Factor, Perturbed
 from forwardgrad.rewrite._walk import PROGRAMS, Value, Walk, programs, rule
@@ -23,8 +23,7 @@ from forwardgrad.rewrite._walk import PROGRAMS, Value, Walk, programs, rule
 def _inline(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
     # Forward mode keeps no residuals, so rematerialisation has nothing to save.
     (program,) = programs(eqn)
-    closed = program if isinstance(program, ClosedJaxpr) else ClosedJaxpr(program, ())
-    return walk(closed.jaxpr, closed.consts, invals)
+    return walk(program.jaxpr, program.consts, invals)
 
 
 @rule("scan", table=PROGRAMS)

@@ -109,6 +109,8 @@ class Perturbed:
 
     def reshape(self, shape: Sequence[int]) -> "Perturbed | None":
         """The weight reshaped, or None where the axes do not merge and split along factors."""
+        if not self.value.size:
+            return None
         w = self.drop_singletons()
         pending = list(w.labels)
         axes = []

@@ -152,7 +152,9 @@ def _gather(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Valu
     if not (simple and whole and len(weight.axes[axis]) == 1):
         return None
     (value,) = evaluate(eqn, (weight.value, indices))
-    return [_gather_factors(walk, weight, axis, indices[..., 0], value, d.offset_dims)]
+    fills = eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+    mode = "fill" if fills else "clip"
+    return [_gather_factors(walk, weight, axis, indices[..., 0], mode, value, d.offset_dims)]
 
 
 def _gather_factors(
@@ -160,6 +162,7 @@ def _gather_factors(
     weight: Perturbed,
     axis: int,
     indices: jax.Array,
+    mode: str,
     value: jax.Array,
     offset_dims: Sequence[int],
 ) -> Perturbed:
@@ -174,7 +177,8 @@ def _gather_factors(
         if label not in f.labels:
             return f
         i = f.labels.index(label)
-        picked = jnp.take(f.array, indices, axis=i, mode="clip")
+        at = f.array.at[(*[slice(None)] * i, indices)]
+        picked = at.get(mode=mode, fill_value=0, wrap_negative_indices=False)
         return Factor(picked, (*f.labels[:i], *new, *f.labels[i + 1 :]))
 
     offset = iter([a for i, a in enumerate(weight.axes) if i != axis])
@@ -251,7 +255,9 @@ def _dynamic_slice(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequen
     sizes = eqn.params["slice_sizes"]
 
     def cut(axis):
-        return lambda a, i: jax.lax.dynamic_slice_in_dim(a, starts[axis], sizes[axis], axis=i)
+        return lambda a, i: jax.lax.dynamic_slice_in_dim(
+            a, starts[axis], sizes[axis], axis=i, allow_negative_indices=False
+        )
 
     return _each_axis(walk, weight, sizes, cut)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from forwardgrad.rewrite._perturbed import Factor, Label, Perturbed
 
@@ -154,17 +154,20 @@ def evaluate(eqn: JaxprEqn, invals: Sequence[jax.Array]) -> list[jax.Array]:
         for atom, value in zip(eqn.invars, invals, strict=True)
         if not isinstance(atom, Literal)
     }
-    jaxpr = Jaxpr((), list(variables), list(eqn.outvars), [eqn], eqn.effects)
+    info = DebugInfo("forwardgrad", eqn.primitive.name, None, None)
+    jaxpr = Jaxpr((), list(variables), list(eqn.outvars), [eqn], eqn.effects, info)
     return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*variables.values())
 
 
-def programs(eqn: JaxprEqn) -> list[Any]:
+def programs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
     """The jaxprs among an equation's parameters."""
     found = []
     for param in eqn.params.values():
         for item in param if isinstance(param, tuple | list) else (param,):
-            if isinstance(item, Jaxpr | ClosedJaxpr):
+            if isinstance(item, ClosedJaxpr):
                 found.append(item)
+            elif isinstance(item, Jaxpr):
+                found.append(ClosedJaxpr(item, ()))
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from forwardgrad._errors import InputError
-from forwardgrad.training._files import writing
+from forwardgrad._files import writing
 from forwardgrad.training._state import TrainState
 
 KEEP = 2

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad._errors import InputError
+from forwardgrad._files import read_json, write_json, writing
 from forwardgrad.training._config import TrainConfig, as_json, differences
-from forwardgrad.training._files import read_json, write_json, writing
 
 CONFIG, SUMMARY, CHECKPOINTS, CURVES = "config.json", "summary.json", "checkpoints", "curves.png"
 

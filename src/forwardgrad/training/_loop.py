@@ -12,10 +12,10 @@ from rich.console import Console
 
 from forwardgrad import __version__
 from forwardgrad._errors import InputError
+from forwardgrad._files import write_json
 from forwardgrad.training._algorithms import resolve
 from forwardgrad.training._checkpoint import Checkpoints
 from forwardgrad.training._config import TrainConfig
-from forwardgrad.training._files import write_json
 from forwardgrad.training._folder import CHECKPOINTS, CURVES, SUMMARY, open_folder
 from forwardgrad.training._interrupt import Interrupted, StopRequest
 from forwardgrad.training._metrics import Metrics, read_lines

@@ -7,7 +7,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from forwardgrad._errors import InputError
-from forwardgrad.training._files import write_lines, writing
+from forwardgrad._files import write_lines, writing
 
 FILE = "metrics.jsonl"
 

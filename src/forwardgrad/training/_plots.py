@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from forwardgrad.training._files import writing
+from forwardgrad._files import writing
 
 
 def plot_curves(path: Path, lines: list[dict[str, Any]], title: str) -> None:

@@ -1,0 +1,101 @@
+"""Models that the step is measured on: `PROBLEMS[name]() -> (loss, params, batch)`."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from forwardgrad.experiments import mlp_loss, mlp_problem
+from forwardgrad.networks import build
+
+
+def scaling_mlp(depth, batch_size):
+    """Layers of 1024 with ReLU, as in `forwardgrad reproduce scaling`."""
+    params, batch = mlp_problem(depth, batch_size, 1024)
+    return mlp_loss, params, batch
+
+
+def cnn():
+    """The first paper's convolutional network on MNIST-shaped images, batch 64."""
+    network = build("cnn", image_shape=(28, 28, 1), classes=10, key=jax.random.key(0))
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+
+    def loss(params, images, labels):
+        return _cross_entropy(eqx.combine(params, static)(images), labels)
+
+    images = jax.random.normal(jax.random.key(1), (64, 28, 28, 1))
+    return loss, params, (images, jax.random.randint(jax.random.key(2), (64,), 0, 10))
+
+
+def equinox_mlp():
+    """Equinox's own MLP, 17 layers of 1024 under `vmap`, batch 256."""
+    network = eqx.nn.MLP(1024, 1024, 1024, 16, key=jax.random.key(0))
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+
+    def loss(params, x, y):
+        return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - y) ** 2)
+
+    return loss, params, tuple(jax.random.normal(jax.random.key(i), (256, 1024)) for i in (1, 2))
+
+
+class Block(nnx.Module):
+    """A transformer block: attention and a feed-forward layer, each normalised and added."""
+
+    def __init__(self, width, heads, rngs):
+        self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x, mask):
+        x = x + self.attention(self.norms[0](x), mask=mask)
+        return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
+
+
+class Transformer(nnx.Module):
+    """A causal language model from Flax NNX's layers."""
+
+    def __init__(self, vocabulary, length, width, heads, depth, *, rngs):
+        self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.positions = nnx.Embed(length, width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(depth)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        mask = nnx.make_causal_mask(tokens)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(self.norm(x))
+
+
+def nnx_transformer():
+    """Six blocks of width 512 with 8 heads, on 8 sequences of 128 tokens out of 1000."""
+    model = Transformer(1000, 128, 512, 8, 6, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    tokens = jax.random.randint(jax.random.key(1), (8, 129), 0, 1000)
+
+    def loss(params, inputs, targets):
+        return _cross_entropy(nnx.merge(graph, params, rest)(inputs), targets)
+
+    return loss, params, (tokens[:, :-1], tokens[:, 1:])
+
+
+def _cross_entropy(logits, labels):
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+PROBLEMS = {
+    **{
+        f"MLP {depth}x1024, batch {batch}": functools.partial(scaling_mlp, depth, batch)
+        for depth in (10, 30)
+        for batch in (512, 64)
+    },
+    "CNN, batch 64": cnn,
+    "Equinox MLP 17x1024, batch 256": equinox_mlp,
+    "NNX transformer 6x512, 8x128 tokens": nnx_transformer,
+}

@@ -1,0 +1,24 @@
+"""The papers' experiments, each one command."""
+
+from forwardgrad.experiments._experiment import Experiment as Experiment
+from forwardgrad.experiments._experiment import provenance as provenance
+from forwardgrad.experiments._measure import Step as Step
+from forwardgrad.experiments._measure import interleave as interleave
+from forwardgrad.experiments._mnist import MNIST
+from forwardgrad.experiments._scaling import SCALING
+from forwardgrad.experiments._scaling import mlp_loss as mlp_loss
+from forwardgrad.experiments._scaling import mlp_problem as mlp_problem
+from forwardgrad.experiments._toy import TOY
+
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (TOY, *MNIST, SCALING)}
+"""Experiments by the name that `forwardgrad reproduce` knows them by."""
+
+__all__ = [
+    "EXPERIMENTS",
+    "Experiment",
+    "Step",
+    "interleave",
+    "mlp_loss",
+    "mlp_problem",
+    "provenance",
+]

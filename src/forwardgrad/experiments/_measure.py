@@ -1,0 +1,90 @@
+"""Cost of a compiled step: what XLA says of it, and what the clock says, side by side."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from forwardgrad._value_and_grad import value_and_grad
+from forwardgrad.estimators import AbstractEstimator
+
+LEARNING_RATE = 1e-6
+
+Loss = Callable[..., Any]
+"""`loss(params, *batch)`."""
+
+
+def sgd_step(loss: Loss, estimator: AbstractEstimator | None) -> Callable[..., tuple[PyTree, Any]]:
+    """`step(params, key, *batch) -> (params, value)`: a loss, a gradient and an SGD update.
+
+    Without an estimator, the loss alone ("forward only").
+    """
+    if estimator is None:
+        return lambda params, key, *batch: (None, loss(params, *batch))
+    gradient = value_and_grad(loss, estimator)
+
+    def step(params, key, *batch):
+        value, grads = gradient(params, *batch, key=key)
+        return jax.tree.map(
+            lambda p, g: p - LEARNING_RATE * g.astype(p.dtype), params, grads
+        ), value
+
+    return step
+
+
+class Step:
+    """A compiled step and its own copy of the parameters, which it updates in place.
+
+    **Arguments:**
+
+    - `loss`: `loss(params, *batch)`.
+    - `estimator`: what estimates its gradient, or None for the loss alone.
+    - `params`, `batch`: example arguments; arrays, or their shapes if it is never called.
+    """
+
+    def __init__(
+        self, loss: Loss, estimator: AbstractEstimator | None, params: PyTree, batch: tuple
+    ):
+        donated = () if estimator is None else (0,)
+        jitted = jax.jit(sgd_step(loss, estimator), donate_argnums=donated)
+        self._key = jax.random.key(0)
+        self.compiled = jitted.lower(params, self._key, *batch).compile()
+        self._batch, self._updates = batch, estimator is not None
+        if isinstance(jax.tree.leaves(params)[0], jax.Array):
+            self._params = jax.tree.map(jnp.copy, params) if self._updates else params
+
+    @property
+    def temp_bytes(self) -> int:
+        """XLA's temporary memory of the step, in bytes."""
+        analysis = self.compiled.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    @property
+    def flops(self) -> float:
+        """XLA's count of floating-point operations."""
+        analysis = self.compiled.cost_analysis()
+        assert analysis is not None
+        return analysis["flops"]
+
+    def __call__(self) -> None:
+        """Do one step, and wait for it."""
+        params, value = self.compiled(self._params, self._key, *self._batch)
+        jax.block_until_ready((params, value))
+        if self._updates:
+            self._params = params
+
+
+def interleave(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, `repeats` rounds over all of `steps` after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(repeats + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if round_number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds

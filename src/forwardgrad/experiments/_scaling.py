@@ -1,0 +1,158 @@
+"""Run time and memory as the network gets deeper (Baydin et al. 2022, Section 5.5).
+
+Command: `forwardgrad reproduce scaling`. About a quarter of an hour on two cores; every cell is
+stored as it comes, and a second call continues.
+
+The paper's figure has a fully connected network with layers of 1024, and compares forward only,
+backpropagation and forward gradients up to 100 layers.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from forwardgrad._errors import InputError
+from forwardgrad._files import read_json, write_json
+from forwardgrad.estimators import Backpropagation, WeightPerturbation
+from forwardgrad.experiments._experiment import Experiment, options_as_json, provenance
+from forwardgrad.experiments._figures import save
+from forwardgrad.experiments._measure import Step, interleave
+
+MIB = 2**20
+
+METHODS = {
+    "forward only": None,
+    "BP": Backpropagation(),
+    "BP, checkpointed": Backpropagation(),
+    "FG-W, dense": WeightPerturbation(structure="dense"),
+    "FG-W, rank-one": WeightPerturbation(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingOptions:
+    """Settings of `reproduce scaling`."""
+
+    out: Path = Path("runs/reproduce/scaling")
+    """Folder of the results."""
+    depths: tuple[int, ...] = (1, 2, 5, 10, 20, 30, 50, 70, 100)
+    """Numbers of layers."""
+    batch_sizes: tuple[int, ...] = (64, 512)
+    """Examples in a batch."""
+    width: int = 1024
+    """Units of a layer."""
+    repeats: int = 10
+    """Interleaved timings of each method."""
+
+
+def mlp_loss(params: list[dict], x: jax.Array, labels: jax.Array, *, remat: bool = False):
+    """Cross-entropy of a fully connected network with ReLU between its layers."""
+
+    def layer(p, x):
+        return jax.nn.relu(x @ p["W"] + p["b"])
+
+    layer = jax.checkpoint(layer) if remat else layer
+    *hidden, last = params
+    for p in hidden:
+        x = layer(p, x)
+    logits = x @ last["W"] + last["b"]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def mlp_problem(depth: int, batch_size: int, width: int) -> tuple[list[dict], tuple]:
+    """Parameters of `depth` square layers, and a batch of inputs and labels."""
+    *keys, x_key, label_key = jax.random.split(jax.random.key(0), depth + 2)
+    params = [
+        {"W": jax.random.normal(k, (width, width)) * (2 / width) ** 0.5, "b": jnp.zeros(width)}
+        for k in keys
+    ]
+    x = jax.random.normal(x_key, (batch_size, width))
+    return params, (x, jax.random.randint(label_key, (batch_size,), 0, width))
+
+
+def run_scaling(options: ScalingOptions) -> Path:
+    """Run the experiment, or what is missing of it, and return the folder of its results."""
+    path = options.out / "scaling.json"
+    cells = _stored(path, options)
+    for depth in options.depths:
+        for batch_size in options.batch_sizes:
+            name = f"depth {depth}, batch {batch_size}"
+            if name not in cells:
+                cells[name] = {
+                    "depth": depth,
+                    "batch": batch_size,
+                    **_measure(depth, batch_size, options),
+                }
+                header = {"experiment": "scaling", "options": options_as_json(options)}
+                write_json(path, {**header, **provenance(), "cells": cells})
+    _plot(options.out / "scaling.png", list(cells.values()), options)
+    return options.out
+
+
+def _stored(path: Path, options: ScalingOptions) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    stored = read_json(path)
+    for name in ("width", "repeats"):
+        if stored["options"][name] != getattr(options, name):
+            raise InputError(
+                f"{path} holds results for {name} {stored['options'][name]}, not "
+                f"{getattr(options, name)}: pass another --out"
+            )
+    return stored["cells"]
+
+
+def _measure(depth: int, batch_size: int, options: ScalingOptions) -> dict[str, Any]:
+    params, batch = mlp_problem(depth, batch_size, options.width)
+    steps = {}
+    for name, estimator in METHODS.items():
+        loss = functools.partial(mlp_loss, remat="checkpointed" in name)
+        steps[name] = Step(loss, estimator, params, batch)
+    seconds = interleave(steps, options.repeats)
+    return {
+        "methods": {
+            name: {
+                "seconds": [float(f"{s:.6g}") for s in seconds[name]],
+                "temp_bytes": step.temp_bytes,
+                "flops": step.flops,
+            }
+            for name, step in steps.items()
+        }
+    }
+
+
+def _plot(path: Path, cells: list[dict[str, Any]], options: ScalingOptions) -> None:
+    figure = Figure(figsize=(5 * len(options.batch_sizes), 7), layout="constrained")
+    axes = figure.subplots(2, len(options.batch_sizes), squeeze=False, sharex=True)
+    for column, batch_size in enumerate(options.batch_sizes):
+        mine = sorted((c for c in cells if c["batch"] == batch_size), key=lambda c: c["depth"])
+        depths = [c["depth"] for c in mine]
+        for name in METHODS:
+            rows = [c["methods"][name] for c in mine]
+            times = np.array([row["seconds"] for row in rows]) * 1e3
+            mean, spread = times.mean(axis=1), times.std(axis=1)
+            (line,) = axes[0, column].plot(depths, mean, marker=".", label=name)
+            axes[0, column].fill_between(
+                depths, mean - spread, mean + spread, alpha=0.2, color=line.get_color()
+            )
+            axes[1, column].plot(
+                depths, [row["temp_bytes"] / MIB for row in rows], marker=".", label=name
+            )
+        axes[0, column].set(title=f"batch {batch_size}", ylabel="time of a step (ms)")
+        axes[1, column].set(xlabel="layers of 1024", ylabel="temporary memory (MiB)")
+    axes[0, 0].legend()
+    for a in axes.flat:
+        a.grid(alpha=0.3)
+    save(figure, path)
+
+
+SCALING = Experiment(
+    "scaling", "time and memory of a step against depth", ScalingOptions, run_scaling
+)
