@@ -11,7 +11,7 @@ from forwardgrad.experiments import EXPERIMENTS
 
 def reproduce(arguments: Sequence[str]) -> int:
     """Run one of the papers' experiments, or list them."""
-    console = Console()
+    console = Console(soft_wrap=True)
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(
             "usage: forwardgrad reproduce NAME [OPTIONS]\n\nexperiments:", highlight=False

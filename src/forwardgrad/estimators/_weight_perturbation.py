@@ -115,6 +115,13 @@ class WeightPerturbation(AbstractEstimator):
         """The objective's value and a forward gradient."""
         assert key is not None
         program = Program(fun, params)
+        # A stricter setting is for the caller's function, which is traced by now.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return self._estimate(program, key)
+
+    def _estimate(
+        self, program: Program, key: Key[Array, ""]
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         layouts = self._layouts(program)
         factors = self._factors(key, program.leaves, layouts)
         value, derivatives, aux = directional_derivatives(program, layouts, factors)
@@ -192,13 +199,15 @@ def directional_derivatives(
 ) -> tuple[Float[Array, ""], Float[Array, " tangents"], list[Array]]:
     """A program's value, its derivative along each of K tangents, and its auxiliary arrays."""
 
+    single = len(jax.tree.leaves(factors)[0]) == 1
+
     def along_one(factors):
         def at(eps):
-            return program.evaluate(program.perturb(layouts, factors), Walk(eps))
+            return program.evaluate(program.perturb(layouts, factors), Walk(eps, single=single))
 
         return jax.jvp(at, (jnp.zeros(()),), (jnp.ones(()),), has_aux=True)
 
-    if len(jax.tree.leaves(factors)[0]) == 1:
+    if single:
         # Without the axis of one tangent XLA's layouts are better, by some 5 to 10 % of the step.
         value, derivative, aux = along_one([[a[0] for a in arrays] for arrays in factors])
         return value, derivative[None], aux

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from forwardgrad.rewrite._perturbed import Factor, Perturbed
@@ -54,16 +55,17 @@ class _Stack:
     """A scanned-over input: what `scan` slices, and the slice as a value of the walk."""
 
     def __init__(self, walk: Walk, value: Value):
-        if isinstance(value, Perturbed) and len(value.axes[0]) != 1:
+        if isinstance(value, Perturbed) and len(value.axes[0]) > 1:
             value = walk.array(value)
         self.weight = value if isinstance(value, Perturbed) else None
         if self.weight is None:
             self.arrays = [value]
             return
-        (self.label,) = self.weight.axes[0]
-        walk.record(stacked=(self.label,))
+        walk.record(stacked=self.weight.axes[0])
+        # A stack of one slice has no label: its factors are the slice's.
+        self.label = next(iter(self.weight.axes[0]), None)
         self.sliced = [
-            f.map(self.label, lambda a, i: jax.numpy.moveaxis(a, i, 0)).array
+            jnp.moveaxis(f.array, f.labels.index(self.label), 0)
             for f in self.weight.factors
             if self.label in f.labels
         ]

@@ -87,7 +87,7 @@ class Program:
         roles = {i: Roles() for i in range(len(self.leaves))}
 
         def run(leaves):
-            walk = Walk(jnp.zeros(()), roles)
+            walk = Walk(jnp.zeros(()), roles=roles)
             weights = [
                 perturbed(i, leaf, one_factor_an_axis(leaf.shape), None)
                 for i, leaf in enumerate(leaves)

@@ -146,45 +146,46 @@ def _gather(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Valu
     if not isinstance(weight, Perturbed):
         return None
     d, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    axis, *more = d.collapsed_slice_dims or (-1,)
-    whole = all(n == weight.value.shape[i] for i, n in enumerate(sizes) if i != axis)
-    simple = not more and tuple(d.start_index_map) == (axis,) and not d.operand_batching_dims
-    if not (simple and whole and len(weight.axes[axis]) == 1):
+    cut = [i for i, n in enumerate(sizes) if n != weight.value.shape[i]]
+    if len(cut) != 1 or d.operand_batching_dims or {*d.collapsed_slice_dims} - {*cut}:
         return None
-    (value,) = evaluate(eqn, (weight.value, indices))
+    (axis,) = cut
     fills = eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
-    mode = "fill" if fills else "clip"
-    return [_gather_factors(walk, weight, axis, indices[..., 0], mode, value, d.offset_dims)]
-
-
-def _gather_factors(
-    walk: Walk,
-    weight: Perturbed,
-    axis: int,
-    indices: jax.Array,
-    mode: str,
-    value: jax.Array,
-    offset_dims: Sequence[int],
-) -> Perturbed:
-    (label,) = weight.axes[axis]
-    if indices.ndim:
-        walk.record(contracted=(label,))
+    # Any start along the whole axes is clipped to zero, unless it empties the slice.
+    looked_up = axis in d.start_index_map and (len(d.start_index_map) == 1 or not fills)
+    if not (looked_up and sizes[axis] == 1 and len(weight.axes[axis]) == 1):
+        return None
+    index = indices[..., d.start_index_map.index(axis)]
+    if index.ndim:
+        walk.record(contracted=weight.axes[axis])
     else:
-        walk.record(stacked=(label,))
-    new = tuple(label.child(2 + i) for i in range(indices.ndim))
-
-    def pick(f: Factor) -> Factor:
-        if label not in f.labels:
-            return f
-        i = f.labels.index(label)
-        at = f.array.at[(*[slice(None)] * i, indices)]
-        picked = at.get(mode=mode, fill_value=0, wrap_negative_indices=False)
-        return Factor(picked, (*f.labels[:i], *new, *f.labels[i + 1 :]))
-
-    offset = iter([a for i, a in enumerate(weight.axes) if i != axis])
+        walk.record(stacked=weight.axes[axis])
+    (value,) = evaluate(eqn, (weight.value, indices))
+    (label,) = weight.axes[axis]
+    new = tuple(label.child(2 + i) for i in range(index.ndim))
+    factors = tuple(
+        _pick(f, label, index, new, "fill" if fills else "clip") for f in weight.factors
+    )
+    offset = iter(
+        [
+            axes if i != axis else ()
+            for i, axes in enumerate(weight.axes)
+            if i not in d.collapsed_slice_dims
+        ]
+    )
     batch = iter([(n,) for n in new])
-    axes = tuple(next(offset) if i in offset_dims else next(batch) for i in range(value.ndim))
-    return Perturbed(value, axes, tuple(pick(f) for f in weight.factors))
+    axes = [next(offset) if i in d.offset_dims else next(batch) for i in range(value.ndim)]
+    return [Perturbed(value, tuple(axes), factors)]
+
+
+def _pick(f: Factor, label: Label, indices: jax.Array, new: tuple[Label, ...], mode: str) -> Factor:
+    """The factor at `indices` along `label`; their axes are `new`."""
+    if label not in f.labels:
+        return f
+    i = f.labels.index(label)
+    at = f.array.at[(*[slice(None)] * i, indices)]
+    picked = at.get(mode=mode, fill_value=0, wrap_negative_indices=False)
+    return Factor(picked, (*f.labels[:i], *new, *f.labels[i + 1 :]))
 
 
 @rule("transpose")

@@ -131,11 +131,14 @@ class _Session:
 
     def _chunks(self) -> Iterator[tuple[Feed, int, int]]:
         """Feeds with ranges of steps in them, each about `CHUNK_SECONDS` long."""
-        count = 1
+        count, compiled = 1, False
         while self.step < self.run.steps:
             for feed, start, stop in self.run.feeds.epoch(
                 *divmod(self.step, self.run.steps_per_epoch)
             ):
+                if not compiled:
+                    # No steps: compiles, and so keeps that out of the run's seconds.
+                    self.state, compiled = self.run.advance(self.state, feed, start, start), True
                 while start < stop and self.step < self.run.steps:
                     end = start + min(count, stop - start, self._steps_to_next_line())
                     began = time.monotonic()
@@ -143,6 +146,8 @@ class _Session:
                     each = (time.monotonic() - began) / (end - start)
                     count = max(1, min(2 * count, int(CHUNK_SECONDS / each)))
                     start = end
+                if self.step == self.run.steps:
+                    return
 
     def _steps_to_next_line(self) -> int:
         left = self.run.steps - self.step
