@@ -198,7 +198,6 @@ def directional_derivatives(
     program: Program, layouts: Sequence[Layout], factors: Sequence[Sequence[Array]]
 ) -> tuple[Float[Array, ""], Float[Array, " tangents"], list[Array]]:
     """A program's value, its derivative along each of K tangents, and its auxiliary arrays."""
-
     single = len(jax.tree.leaves(factors)[0]) == 1
 
     def along_one(factors):

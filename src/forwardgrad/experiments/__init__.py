@@ -6,8 +6,10 @@ from forwardgrad.experiments._measure import Step as Step
 from forwardgrad.experiments._measure import interleave as interleave
 from forwardgrad.experiments._mnist import MNIST
 from forwardgrad.experiments._scaling import SCALING
+from forwardgrad.experiments._scaling import checkpointed_mlp_loss as checkpointed_mlp_loss
 from forwardgrad.experiments._scaling import mlp_loss as mlp_loss
 from forwardgrad.experiments._scaling import mlp_problem as mlp_problem
+from forwardgrad.experiments._scaling import stacked as stacked
 from forwardgrad.experiments._toy import TOY
 
 EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (TOY, *MNIST, SCALING)}
@@ -17,8 +19,10 @@ __all__ = [
     "EXPERIMENTS",
     "Experiment",
     "Step",
+    "checkpointed_mlp_loss",
     "interleave",
     "mlp_loss",
     "mlp_problem",
     "provenance",
+    "stacked",
 ]

@@ -41,12 +41,13 @@ class Step:
     **Arguments:**
 
     - `loss`: `loss(params, *batch)`.
+    - `params`: its parameters, arrays, or their shapes if the step is never called.
     - `estimator`: what estimates its gradient, or None for the loss alone.
-    - `params`, `batch`: example arguments; arrays, or their shapes if it is never called.
+    - `batch`: its other arguments.
     """
 
     def __init__(
-        self, loss: Loss, estimator: AbstractEstimator | None, params: PyTree, batch: tuple
+        self, loss: Loss, params: PyTree, estimator: AbstractEstimator | None, batch: tuple
     ):
         donated = () if estimator is None else (0,)
         jitted = jax.jit(sgd_step(loss, estimator), donate_argnums=donated)

@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr
 
 from forwardgrad.rewrite import _control, _rules  # noqa: F401  (they register their rules)
 from forwardgrad.rewrite._perturbed import RANK, TANGENTS, Factor, Label, Perturbed, multiply
-from forwardgrad.rewrite._walk import Roles, Walk
+from forwardgrad.rewrite._walk import Array, Roles, Walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Program:
         self._closed: ClosedJaxpr = jax.make_jaxpr(flat)(self.leaves)
         self._aux_treedef, self._static_aux = structure[-1]
 
-    def evaluate(self, weights: Sequence[Any], walk: Walk) -> tuple[jax.Array, list[jax.Array]]:
+    def evaluate(self, weights: Sequence[Any], walk: Walk) -> tuple[Array, list[Array]]:
         """The function's value and the arrays among its auxiliary data."""
         value, *aux = walk.arrays(self._closed.jaxpr, self._closed.consts, weights)
         return value, aux

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
 from forwardgrad.rewrite._perturbed import RANK, Factor, Label, Perturbed, contract, multiply
-from forwardgrad.rewrite._walk import Value, Walk, evaluate, rule
+from forwardgrad.rewrite._walk import Array, Value, Walk, evaluate, rule
 
 
 @rule("dot_general")
@@ -105,7 +105,7 @@ def _separate_output(w: Perturbed, out_axis: int) -> tuple[list[Factor], Factor]
 
 
 def _conv_by_factors(
-    eqn: JaxprEqn, x: jax.Array, w: Perturbed, over_in: list[Factor], over_out: Factor
+    eqn: JaxprEqn, x: Array, w: Perturbed, over_in: list[Factor], over_out: Factor
 ) -> jax.Array:
     """A convolution to one channel a group (and term), spread over the output channels."""
     if not over_in:
@@ -178,7 +178,7 @@ def _gather(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Valu
     return [Perturbed(value, tuple(axes), factors)]
 
 
-def _pick(f: Factor, label: Label, indices: jax.Array, new: tuple[Label, ...], mode: str) -> Factor:
+def _pick(f: Factor, label: Label, indices: Array, new: tuple[Label, ...], mode: str) -> Factor:
     """The factor at `indices` along `label`; their axes are `new`."""
     if label not in f.labels:
         return f

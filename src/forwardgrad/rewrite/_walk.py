@@ -17,6 +17,9 @@ from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Va
 
 from forwardgrad.rewrite._perturbed import Factor, Label, Perturbed
 
+Array: TypeAlias = Any
+"""A JAX array, or one of the NumPy arrays and numbers that jaxprs hold as constants."""
+
 Value: TypeAlias = Any
 """An array, or a `Perturbed` weight."""
 
@@ -81,13 +84,11 @@ class Walk:
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def arrays(
-        self, jaxpr: Jaxpr, consts: Sequence[Value], args: Sequence[Value]
-    ) -> list[jax.Array]:
+    def arrays(self, jaxpr: Jaxpr, consts: Sequence[Value], args: Sequence[Value]) -> list[Array]:
         """The outputs of `jaxpr`, as arrays."""
         return [self.array(out) for out in self(jaxpr, consts, args)]
 
-    def array(self, value: Value) -> jax.Array:
+    def array(self, value: Value) -> Array:
         """`value` as an array; the tangent of a perturbed weight is built."""
         if not isinstance(value, Perturbed):
             return value
@@ -160,7 +161,7 @@ class Walk:
         return evaluate(eqn, [self.array(v) for v in invals])
 
 
-def evaluate(eqn: JaxprEqn, invals: Sequence[jax.Array]) -> list[jax.Array]:
+def evaluate(eqn: JaxprEqn, invals: Sequence[Array]) -> list[jax.Array]:
     """The outputs of one equation at `invals`, as the program without us would compute them."""
     variables = {
         atom: value
