@@ -129,7 +129,10 @@ def _stored(path: Path, options: ScalingOptions) -> dict[str, Any]:
 
 def _measure(depth: int, batch_size: int, options: ScalingOptions) -> dict[str, Any]:
     params, batch = mlp_problem(depth, batch_size, options.width)
-    steps = {name: Step(*_loss_and_params(name, params), METHODS[name], batch) for name in METHODS}
+    steps = {}
+    for name, estimator in METHODS.items():
+        loss, own_params = _loss_and_params(name, params)
+        steps[name] = Step(loss, own_params, estimator, batch)
     seconds = interleave(steps, options.repeats)
     return {
         "methods": {
