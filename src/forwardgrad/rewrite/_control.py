@@ -98,11 +98,23 @@ def _while(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, body_consts = invals[:n_cond], invals[n_cond : n_cond + n_body]
     init = [walk.array(v) for v in invals[n_cond + n_body :]]
-    return jax.lax.while_loop(
-        lambda carry: walk.arrays(cond.jaxpr, cond.consts, [*cond_consts, *carry])[0],
-        lambda carry: walk.arrays(body.jaxpr, body.consts, [*body_consts, *carry]),
-        init,
-    )
+
+    def unfinished(carry):
+        return walk.arrays(cond.jaxpr, cond.consts, [*cond_consts, *carry])[0]
+
+    def advance(carry):
+        new = walk.arrays(body.jaxpr, body.consts, [*body_consts, *carry])
+        if not batched:
+            return new
+        # Under vmap every example has a condition of its own: its axes lead those of the carry.
+        going = unfinished(carry)
+        return [
+            jnp.where(jnp.expand_dims(going, range(going.ndim, jnp.ndim(n))), n, c)
+            for n, c in zip(new, carry, strict=True)
+        ]
+
+    batched = cond.out_avals[0].shape != ()
+    return jax.lax.while_loop(lambda carry: jnp.any(unfinished(carry)), advance, init)
 
 
 @rule("cond", table=PROGRAMS)

@@ -1,0 +1,96 @@
+"""Flops and temporary memory, as XLA counts them; nothing here is executed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import forwardgrad as fg
+
+WIDTH = 1024
+BATCH = 512
+
+
+def loss(params, x, y):
+    """The scaling MLP: equal layers, ReLU, squared error."""
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["W"] + layer["b"])
+    return jnp.mean((x @ params[-1]["W"] + params[-1]["b"] - y) ** 2)
+
+
+@functools.cache
+def compiled(estimator: fg.AbstractEstimator | None, depth: int, batch: int = BATCH):
+    """An SGD step with its parameters donated (without an estimator: the loss), compiled."""
+
+    def step(params, x, y, key):
+        if estimator is None:
+            return loss(params, x, y)
+        value, grads = fg.value_and_grad(loss, estimator)(params, x, y, key=key)
+        return value, jax.tree.map(lambda p, g: p - 1e-4 * g, params, grads)
+
+    layer = {
+        "W": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32),
+        "b": jax.ShapeDtypeStruct((WIDTH,), jnp.float32),
+    }
+    x = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    donated = (0,) if estimator is not None else ()
+    return jax.jit(step, donate_argnums=donated).lower([layer] * depth, x, x, key).compile()
+
+
+def flops(*args) -> float:
+    return compiled(*args).cost_analysis()["flops"]
+
+
+def temp(*args) -> int:
+    return compiled(*args).memory_analysis().temp_size_in_bytes
+
+
+FG_W, BP = fg.WeightPerturbation(), fg.Backpropagation()
+
+
+def test_one_tangent_costs_two_forward_passes():
+    """Backpropagation costs three."""
+    forward = flops(None, 10)
+    assert flops(FG_W, 10) < 2.05 * forward
+    assert flops(BP, 10) > 2.8 * forward
+
+
+def test_tangents_share_the_primal():
+    """Four tangents: five forward passes' products instead of two, not eight."""
+    one = flops(FG_W, 10)
+    assert flops(fg.WeightPerturbation(tangents=4), 10) <= 2.5 * one
+
+
+def test_dense_tangents_share_the_primal():
+    one, four = (flops(fg.WeightPerturbation(structure="dense", tangents=k), 3) for k in (1, 4))
+    assert four <= (1 + 2 * 4) / 3 * one * 1.05
+
+
+def test_memory_does_not_grow_with_depth():
+    assert temp(FG_W, 15) <= 1.3 * temp(FG_W, 5)
+    assert temp(BP, 15) > 1.8 * temp(BP, 5)
+
+
+@pytest.mark.slow
+def test_memory_of_a_hundred_layers():
+    assert temp(FG_W, 100) <= 1.3 * temp(FG_W, 5)
+    assert temp(FG_W, 100) <= 0.1 * temp(BP, 100)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        fg.WeightPerturbation(tangents=4),
+        fg.WeightPerturbation(rank=3),
+        fg.WeightPerturbation(clip=1.0, distribution="sphere"),
+        fg.WeightPerturbation(tangents=4, orthogonal=True),
+    ],
+    ids=repr,
+)
+def test_gradient_is_not_materialised(estimator):
+    """The outer products go into the update: no temporary of a weight's size."""
+    matrix = 4 * WIDTH * WIDTH
+    assert temp(estimator, 4, 16) < 0.5 * matrix
+    assert temp(fg.WeightPerturbation(structure="dense"), 4, 16) > 2 * matrix
