@@ -578,7 +578,7 @@ def scan_carry(m: Maker, n: int, depth: int):
 
 @wrapper
 def cond(m: Maker, n: int, depth: int):
-    (yes, a), (no, b) = m.operation(n, depth), m.operation(n, depth)
+    (yes, _), (no, _) = m.operation(n, depth), m.operation(n, depth)
     sign = m.choose((1, -1))
 
     def wrapped(ws, h, plain):

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import directional, layouts
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from programs import OPERATIONS, WRAPPERS, make, parameters
 
 import forwardgrad as fg
+from helpers import directional, layouts
+from programs import OPERATIONS, WRAPPERS, make, parameters
 
 ONE = fg.WeightPerturbation()
 ESTIMATORS = (
@@ -184,13 +184,14 @@ def test_layout(case):
 
 
 def arrays_in(jaxpr):
-    """The outputs of all equations, those of inner programs included."""
+    """The outputs of all equations that hold no programs, inside of programs too."""
     for eqn in jaxpr.eqns:
-        yield from (v.aval for v in eqn.outvars)
-        for param in eqn.params.values():
-            for item in param if isinstance(param, tuple | list) else (param,):
-                if inner := getattr(item, "jaxpr", item if hasattr(item, "eqns") else None):
-                    yield from arrays_in(inner)
+        params = [p if isinstance(p, tuple | list) else (p,) for p in eqn.params.values()]
+        inner = [p for group in params for p in group if hasattr(p, "eqns")]
+        for program in inner:
+            yield from arrays_in(getattr(program, "jaxpr", program))
+        if not inner:
+            yield from (v.aval for v in eqn.outvars)
 
 
 def large(fun, *args):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ESTIMATORS, PROBLEMS
 
 import forwardgrad as fg
+from helpers import ESTIMATORS, PROBLEMS
 
 FG_W = fg.WeightPerturbation()
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import InputError, unknown_name
 
 USAGE = """\
 usage: forwardgrad COMMAND [OPTIONS]
@@ -43,6 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "forwardgrad":
+            raise
+        print(
+            f"error: module {error.name!r} is missing; the commands need the extra 'train': "
+            "pip install 'forwardgrad[train]'",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(interrupt, "signum", 2)
@@ -61,4 +70,4 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from forwardgrad.cli._reproduce import reproduce
 
         return reproduce
-    raise InputError(f"command {name!r} is unknown (known: train, reproduce)")
+    raise unknown_name("command", name, ("train", "reproduce"))

@@ -4,5 +4,6 @@ from forwardgrad.training._algorithms import ALGORITHMS as ALGORITHMS
 from forwardgrad.training._config import TrainConfig as TrainConfig
 from forwardgrad.training._interrupt import Interrupted as Interrupted
 from forwardgrad.training._loop import fit as fit
+from forwardgrad.training._loop import load_run as load_run
 
-__all__ = ["ALGORITHMS", "Interrupted", "TrainConfig", "fit"]
+__all__ = ["ALGORITHMS", "Interrupted", "TrainConfig", "fit", "load_run"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from forwardgrad._errors import InputError, unknown_name
 from forwardgrad.estimators import AbstractEstimator, Backpropagation, WeightPerturbation
 from forwardgrad.objectives import GlobalLoss
-from forwardgrad.training._config import TrainConfig
+from forwardgrad.training._config import WITH_MOMENTUM, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "fg-w": Algorithm(
         GlobalLoss(),
         _weight_perturbation,
-        {"learning_rate": 2e-3, "momentum": 0.0, "tangents": 16},
+        {"learning_rate": 4e-3, "momentum": 0.0, "tangents": 16},
     ),
 }
 """The algorithms that can be trained with."""
@@ -68,4 +68,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """The settings with the algorithm's defaults in place of None."""
     defaults = algorithm(config.algorithm).defaults
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    if config.optimizer not in WITH_MOMENTUM:
+        missing["momentum"] = 0.0
     return dataclasses.replace(config, **missing)

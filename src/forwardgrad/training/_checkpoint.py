@@ -1,7 +1,10 @@
 """Checkpoints: arrays by Orbax, with a digest, so that damage is noticed."""
 
+import errno
 import hashlib
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from forwardgrad.training._state import TrainState
 KEEP = 2
 """Checkpoints of a run that are kept: the last, and one in case it gets damaged."""
 
+SPARE = 2**18
+"""Bytes beside the arrays that must be free for a checkpoint: its index, and whole blocks."""
+
 
 class Checkpoints:
     """The checkpoints of one run, in a folder.
@@ -27,13 +33,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self._folder = folder.absolute()
-        # Orbax warns through absl's logger of choices that are made for us.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs choices that are made for us, and a trace for every error that it raises too.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         with writing(folder):
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=KEEP, enable_async_checkpointing=False
+                    max_to_keep=KEEP,
+                    enable_async_checkpointing=False,
+                    cleanup_tmp_directories=True,
                 ),
                 item_names=("arrays", "meta"),
             )
@@ -46,6 +54,7 @@ class Checkpoints:
         arrays = named_arrays(state)
         meta = {**progress, "digests": {k: digest(v) for k, v in arrays.items()}}
         with writing(self._folder):
+            self._check_space(sum(array.nbytes for array in arrays.values()))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -54,33 +63,43 @@ class Checkpoints:
             )
             self._manager.wait_until_finished()
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[str]] | None:
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[int, str]] | None:
         """The newest intact state and what belongs to it; None if none was stored.
 
         **Returns:**
 
-        Also a sentence for each newer checkpoint that is damaged.
+        Also, for each newer step, a sentence that says how its checkpoint is damaged.
 
         **Raises:**
 
         `InputError` if every checkpoint is damaged or belongs to something else.
         """
-        problems = []
+        problems = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return *self._restore(step, like), problems
             except InputError as error:
-                problems.append(str(error))
+                problems[step] = str(error)
         if problems:
             raise InputError(
-                f"no checkpoint in {self._folder} can be used ({'; '.join(problems)}); start anew "
-                "with another --out"
+                f"no checkpoint in {self._folder} can be used ({'; '.join(problems.values())}); "
+                "start anew with another --out"
             )
         return None
+
+    def discard(self, step: int) -> None:
+        """Remove a damaged checkpoint: Orbax would store no older step beside it."""
+        with writing(self._folder):
+            self._manager.delete(step)
 
     def close(self) -> None:
         """Let go of the folder."""
         self._manager.close()
+
+    def _check_space(self, size: int) -> None:
+        # Where the disk fills up under Orbax, its threads print traces that nobody can catch.
+        if shutil.disk_usage(self._folder).free < size + SPARE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         where = self._folder / str(step)

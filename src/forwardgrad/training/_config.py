@@ -1,13 +1,16 @@
 """Everything that decides the outcome of a run."""
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import InputError, unknown_name
 
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion"]
 Schedule = Literal["constant", "cosine", "exponential", "linear"]
+Distribution = Literal["rademacher", "normal", "sphere"]
+Structure = Literal["rank-one", "dense"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +63,13 @@ class TrainConfig:
     momentum: float | None = None
     """Momentum of sgd and rmsprop."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (times the learning rate)."""
+    """Weight decay; adamw and lion decouple it, the others add it to the gradient."""
 
     tangents: int | None = None
     """K: tangents whose forward gradients are averaged in a step."""
-    distribution: Literal["rademacher", "normal", "sphere"] = "rademacher"
+    distribution: Distribution = "rademacher"
     """Distribution of the tangents."""
-    structure: Literal["rank-one", "dense"] = "rank-one"
+    structure: Structure = "rank-one"
     """Structure of the tangents of weight matrices."""
     rank: int = 1
     """Outer products in a rank-one tangent."""
@@ -83,17 +86,32 @@ class TrainConfig:
     """Seconds between checkpoints."""
 
     def __post_init__(self):
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise unknown_name(name, str(getattr(self, name)), get_args(kind))
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise InputError(f"{name} must be at least {least}, got {value!r}")
         for name in ("learning_rate", "clip", "checkpoint_every"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name} must be positive, got {value!r}")
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} must be positive and finite, got {value!r}")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise InputError(f"momentum must be at least 0 and below 1, got {self.momentum!r}")
+        if self.momentum and self.optimizer not in WITH_MOMENTUM:
+            raise InputError(
+                f"momentum (={self.momentum}) is not a setting of optimizer {self.optimizer!r}, "
+                f"only of {' and '.join(WITH_MOMENTUM)}"
+            )
 
+
+_CHOICES = {
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "distribution": Distribution,
+    "structure": Structure,
+}
 
 _LEAST = {
     "epochs": 1,
@@ -111,22 +129,44 @@ _LEAST = {
     "log_every": 1,
 }
 
+WITH_MOMENTUM = ("sgd", "rmsprop")
+"""Optimisers that have a momentum of their own to set."""
+
 NOT_OF_THE_RESULT = ("out", "data_dir", "resume", "checkpoint_every")
 """Settings that may differ between a run and its continuation."""
 
+_PATHS = ("out", "data_dir")
 
-def as_json(config: TrainConfig) -> dict:
+
+def as_json(config: TrainConfig) -> dict[str, Any]:
     """The settings as JSON values."""
     fields = dataclasses.asdict(config)
     return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 
-def differences(stored: dict, config: TrainConfig) -> list[str]:
+def from_json(fields: Any, source: Path) -> TrainConfig:
+    """The settings that `as_json` wrote; one that it did not know yet has its default.
+
+    **Raises:**
+
+    `InputError`, naming `source`, if they are not such settings.
+    """
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if not isinstance(fields, dict) or not set(fields) <= known:
+        raise InputError(f"{source} is damaged or of another version: expected a run's settings")
+    paths = {k: Path(v) for k, v in fields.items() if k in _PATHS and v is not None}
+    try:
+        return TrainConfig(**{**fields, **paths})
+    except (InputError, TypeError) as error:
+        raise InputError(f"{source} is damaged: {error}") from error
+
+
+def of_the_result(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide a run's bits, as JSON values."""
+    return {k: v for k, v in as_json(config).items() if k not in NOT_OF_THE_RESULT}
+
+
+def differences(stored: TrainConfig, config: TrainConfig) -> list[str]:
     """What a continuation would change, as `name (stored, new)`."""
-    new = as_json(config)
-    names = sorted((set(stored) | set(new)) - set(NOT_OF_THE_RESULT) - {"forwardgrad"})
-    return [
-        f"{name} ({stored.get(name)!r} there, {new.get(name)!r} now)"
-        for name in names
-        if stored.get(name) != new.get(name)
-    ]
+    before, now = of_the_result(stored), of_the_result(config)
+    return [f"{k} ({before[k]!r} there, {now[k]!r} now)" for k in now if before[k] != now[k]]

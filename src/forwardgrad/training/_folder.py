@@ -5,13 +5,15 @@ from typing import Any
 
 from forwardgrad._errors import InputError
 from forwardgrad._files import read_json, write_json, writing
-from forwardgrad.training._config import TrainConfig, as_json, differences
+from forwardgrad.training._config import TrainConfig, as_json, differences, from_json
 
 CONFIG, SUMMARY, CHECKPOINTS, CURVES = "config.json", "summary.json", "checkpoints", "curves.png"
 
 
-def open_folder(config: TrainConfig) -> tuple[Path, dict[str, Any] | None]:
-    """The folder that a run writes to, and its summary if it is finished already.
+def find_folder(config: TrainConfig) -> tuple[Path, dict[str, Any] | None]:
+    """The folder that a run will write to, and its summary if it is finished already.
+
+    Nothing is written: the data and the network may still turn out not to be usable.
 
     **Raises:**
 
@@ -25,11 +27,30 @@ def open_folder(config: TrainConfig) -> tuple[Path, dict[str, Any] | None]:
         summary = folder / SUMMARY
         return folder, read_json(summary) if summary.exists() else None
     with writing(folder):
-        occupied = folder.exists() and any(folder.iterdir())
+        # A write that was cut short leaves a hidden file, and the folder as good as new.
+        occupied = folder.exists() and any(f.name[0] != "." for f in folder.iterdir())
     if occupied:
         raise InputError(f"out folder {folder} holds files but no {CONFIG}: it is not a run's")
-    write_json(stored, as_json(config))
     return folder, None
+
+
+def claim_folder(folder: Path, config: TrainConfig) -> None:
+    """Make the folder this run's, unless it is already."""
+    if not (folder / CONFIG).exists():
+        write_json(folder / CONFIG, as_json(config))
+
+
+def load_config(folder: Path) -> TrainConfig:
+    """The settings of the run in a folder.
+
+    **Raises:**
+
+    `InputError` if it holds no run, or the file is damaged.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(f"folder {folder} holds no run: {path} is missing")
+    return from_json(read_json(path), path)
 
 
 def _choose(config: TrainConfig) -> Path:
@@ -50,10 +71,7 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
             f"out folder {folder} already holds a run: pass --resume to continue it, or another "
             "--out"
         )
-    stored = read_json(folder / CONFIG)
-    if not isinstance(stored, dict):
-        raise InputError(f"{folder / CONFIG} is damaged: expected a JSON object")
-    different = differences(stored, config)
+    different = differences(load_config(folder), config)
     if different:
         raise InputError(
             f"out folder {folder} holds a run with other settings: {'; '.join(different)}"

@@ -1,11 +1,14 @@
 """The one training loop."""
 
+import contextlib
+import dataclasses
 import datetime
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 from rich.console import Console
@@ -16,7 +19,14 @@ from forwardgrad._files import write_json
 from forwardgrad.training._algorithms import resolve
 from forwardgrad.training._checkpoint import Checkpoints
 from forwardgrad.training._config import TrainConfig
-from forwardgrad.training._folder import CHECKPOINTS, CURVES, SUMMARY, open_folder
+from forwardgrad.training._folder import (
+    CHECKPOINTS,
+    CURVES,
+    SUMMARY,
+    claim_folder,
+    find_folder,
+    load_config,
+)
 from forwardgrad.training._interrupt import Interrupted, StopRequest
 from forwardgrad.training._metrics import Metrics, read_lines
 from forwardgrad.training._plots import plot_curves
@@ -50,17 +60,53 @@ def fit(config: TrainConfig, *, console: Console | None = None) -> dict[str, Any
     - `Interrupted` after SIGINT or SIGTERM, when a checkpoint has been written.
     """
     config = resolve(config)
-    folder, finished = open_folder(config)
+    folder, finished = find_folder(config)
     if finished is not None:
         return {**finished, "out": str(folder), "was_finished": True}
     with Progress(console) as progress:
         progress.note(f"loading {config.dataset} ...")
-        session = _Session(config, folder, Run(config), progress)
+        run = Run(config)
+        claim_folder(folder, config)
+        session = _Session(config, folder, run, progress)
         try:
             session.train()
             return session.finish()
         finally:
             session.close()
+
+
+def load_run(
+    folder: Path | str, *, data_dir: Path | str | None = None
+) -> tuple[TrainConfig, eqx.Module]:
+    """The settings of a run and its network, from the last checkpoint.
+
+    **Arguments:**
+
+    - `folder`: the run's, as `fit` left it; finished or not.
+    - `data_dir`: as in `TrainConfig`, if the data are no longer where the run had them. They say
+        what images and classes the network is for.
+
+    **Returns:**
+
+    The settings, and the network: to be called on float images [batch, height, width, channels],
+    normalised as the settings say.
+
+    **Raises:**
+
+    `InputError` if the folder holds no run or no checkpoint, or all are damaged.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=Path(data_dir))
+    if not (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"folder {folder} holds no checkpoint yet")
+    run = Run(config)
+    with contextlib.closing(Checkpoints(folder / CHECKPOINTS)) as checkpoints:
+        restored = checkpoints.restore(run.state)
+    if restored is None:
+        raise InputError(f"folder {folder} holds no checkpoint yet")
+    return config, run.network(restored[0].params)
 
 
 class _Session:
@@ -75,11 +121,13 @@ class _Session:
             self.state, stored, problems = restored
             self.seconds = stored["seconds"]
             lines = read_lines(folder, stored["lines"])
-            for problem in problems:
+            for step, problem in problems.items():
                 progress.note(f"{problem}; continuing from an older one")
+                self.checkpoints.discard(step)
         self.step = int(self.state.step)
         self.metrics = Metrics(folder, lines)
         self.saved_at = time.monotonic()
+        self.pace = CHUNK_SECONDS
 
     def train(self) -> None:
         """Take the state to the last step."""
@@ -89,8 +137,10 @@ class _Session:
                 began = time.monotonic()
                 self.state = self.run.advance(self.state, feed, start, end)
                 losses = np.asarray(self.state.losses)
-                self.seconds += time.monotonic() - began
+                elapsed = time.monotonic() - began
+                self.seconds += elapsed
                 self.step += end - start
+                self.pace = elapsed / (end - start)
                 self._check_finite(losses, end - start)
                 self._report(losses)
                 if stop.signum is not None:
@@ -101,17 +151,19 @@ class _Session:
     def finish(self) -> dict[str, Any]:
         """Measure the final errors, and write the summary and the picture."""
         self._save()
+        last = self.metrics.lines[-1]
+        epochs = self.step / self.run.steps_per_epoch
         summary = {
             "algorithm": self.config.algorithm,
             "network": self.config.network,
             "dataset": self.config.dataset,
-            "epochs": self.step / self.run.steps_per_epoch,
+            "epochs": int(epochs) if epochs.is_integer() else epochs,
             "steps": self.step,
             "seed": self.config.seed,
             "parameters": self.run.parameters,
-            "test_error": self.run.test_error(self.state.params),
+            "test_error": last["test_error"],
             "train_error": self.run.train_error(self.state.params),
-            "train_loss": self.metrics.lines[-1]["loss"],
+            "train_loss": last["loss"],
             "seconds": self.seconds,
             "backend": jax.default_backend(),
             "jax_version": jax.__version__,
@@ -141,10 +193,8 @@ class _Session:
                     self.state, compiled = self.run.advance(self.state, feed, start, start), True
                 while start < stop and self.step < self.run.steps:
                     end = start + min(count, stop - start, self._steps_to_next_line())
-                    began = time.monotonic()
                     yield feed, start, end
-                    each = (time.monotonic() - began) / (end - start)
-                    count = max(1, min(2 * count, int(CHUNK_SECONDS / each)))
+                    count = max(1, min(2 * count, int(CHUNK_SECONDS / self.pace)))
                     start = end
                 if self.step == self.run.steps:
                     return
@@ -156,12 +206,14 @@ class _Session:
         return min(left, self.config.log_every - self.step % self.config.log_every)
 
     def _check_finite(self, losses: np.ndarray, count: int) -> None:
-        for step in range(self.step - count, self.step):
-            value = losses[step % self.run.steps_per_epoch]
-            if not np.isfinite(value):
-                raise self._diverged(f"the loss is {value} at step {step}")
+        steps = np.arange(self.step - count, self.step)
+        values = losses[steps % self.run.steps_per_epoch]
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise self._diverged(f"the loss is {values[bad[0]]} at step {steps[bad[0]]}")
 
     def _diverged(self, what: str) -> InputError:
+        self.metrics.add({**self._place("diverged"), "reason": what})
         return InputError(
             f"{what}, the run diverged: try a learning_rate below {self.config.learning_rate} or a "
             f"smaller clip; the last finite checkpoint is kept in {self.folder / CHECKPOINTS}"
@@ -189,14 +241,12 @@ class _Session:
         self.metrics.add(line)
 
     def _line(self, event: str, loss: float) -> dict[str, Any]:
-        return {
-            "event": event,
-            "epoch": self.step / self.run.steps_per_epoch,
-            "step": self.step,
-            "loss": loss,
-            "learning_rate": float(np.asarray(self.run.learning_rate(self.step))),
-            "seconds": self.seconds,
-        }
+        rate = float(np.asarray(self.run.learning_rate(self.step)))
+        return {**self._place(event), "loss": loss, "learning_rate": rate}
+
+    def _place(self, event: str) -> dict[str, Any]:
+        epoch = self.step / self.run.steps_per_epoch
+        return {"event": event, "epoch": epoch, "step": self.step, "seconds": self.seconds}
 
     def _stop(self, signum: int) -> None:
         self._save()

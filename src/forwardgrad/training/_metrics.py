@@ -1,10 +1,18 @@
-"""What a run reports: JSON lines, TensorBoard, and the table at the end."""
+"""What a run reports: JSON lines, and the same for TensorBoard."""
 
 import json
+import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 from forwardgrad._errors import InputError
 from forwardgrad._files import write_lines, writing
@@ -25,24 +33,47 @@ class Metrics:
         self._path = folder / FILE
         self.lines = lines
         write_lines(self._path, lines)
+        step = lines[-1]["step"] if lines else 0
         with writing(folder):
-            self._board = SummaryWriter(
-                str(folder), purge_step=lines[-1]["step"] + 1 if lines else None
-            )
+            # Not SummaryWriter: on a full disk its thread dies, and the next lines wait for it.
+            self._board = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
+            self._record(file_version="brain.Event:2")
+            if lines:
+                # What an interrupted process wrote of later steps is not to be shown.
+                self._record(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, line: dict[str, Any]) -> None:
-        """Add a line."""
+        """Add a line, wholly or not at all; what is not finite becomes null, as JSON has it."""
+        line = {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()
+        }
         self.lines.append(line)
-        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if isinstance(value, float) and name != "epoch":
-                self._board.add_scalar(name, value, line["step"])
+        with writing(self._path), self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                rest = (json.dumps(line) + "\n").encode()
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+        with writing(self._path.parent):
+            self._show(line)
 
     def close(self) -> None:
-        """Flush what TensorBoard has not written."""
-        with writing(self._path):
+        """Let go of the files."""
+        with writing(self._path.parent):
             self._board.close()
+
+    def _show(self, line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            if isinstance(value, float) and name != "epoch":
+                self._record(step=line["step"], summary=scalar(name, value))
+        self._board.flush()
+
+    def _record(self, **event: Any) -> None:
+        self._board.write(Event(wall_time=time.time(), **event).SerializeToString())
 
 
 def read_lines(folder: Path, count: int) -> list[dict[str, Any]]:

@@ -45,6 +45,11 @@ class Run:
         self.test_error = make_error(loss, data.test)
         self.train_error = make_error(loss, data.train, TRAIN_ERROR_EXAMPLES)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        self._static = static
+
+    def network(self, params: PyTree) -> eqx.Module:
+        """The network with these parameters."""
+        return eqx.combine(params, self._static)
 
 
 def build_network(config: TrainConfig, data: Dataset, key: Array) -> eqx.Module:

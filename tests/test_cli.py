@@ -1,0 +1,265 @@
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+import forwardgrad
+from data_helpers import encode, pixels, write_pair, write_parquet
+from forwardgrad import InputError, experiments
+from forwardgrad.cli import _main, _train, main
+from forwardgrad.training import TrainConfig
+
+QUICK = "--network logreg --algorithm bp --iterations 3"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORWARDGRAD_DATA", raising=False)
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command: exit code, standard output, standard error."""
+
+    def run(line: str):
+        code = main(shlex.split(line))
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """The command must end with code 2 and one sentence on standard error."""
+
+    def run(line: str) -> str:
+        code, _, err = command(line)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return run
+
+
+# Help
+
+
+@pytest.mark.parametrize("line", ["", "-h", "--help"])
+def test_help(command, line):
+    code, out, err = command(line)
+    assert (code, err) == (0, "")
+    assert "forwardgrad train --dataset mnist" in out
+    assert "reproduce" in out
+
+
+def test_version(command):
+    assert command("--version") == (0, f"forwardgrad {forwardgrad.__version__}\n", "")
+
+
+def test_the_options_of_train_are_explained(command):
+    code, out, _ = command("train --help")
+    assert code == 0
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in out
+    assert "examples:" in out
+
+
+def test_every_setting_has_a_help_text():
+    text = Path(sys.modules[TrainConfig.__module__].__file__).read_text()
+    for field in dataclasses.fields(TrainConfig):
+        assert re.search(rf'\n    {field.name}: [^\n]*\n    """\w', text), field.name
+
+
+def test_the_examples_of_the_help_are_valid():
+    examples = re.findall(r"^  forwardgrad train(.*)$", _train.DESCRIPTION, re.M)
+    assert len(examples) >= 3
+    for example in examples:
+        tyro.cli(TrainConfig, args=shlex.split(example))
+
+
+def test_help_imports_none_of_the_libraries_for_training():
+    code = (
+        "import sys; from forwardgrad.cli import main; main(['--help']); "
+        "print([m for m in ('orbax', 'datasets', 'grain', 'matplotlib', 'tyro', 'rich') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "forwardgrad", "train", "--network", "mpl"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: network 'mpl' is unknown; did you mean 'mlp'? " \
+        "(known: cnn, logreg, mlp)\n"  # fmt: skip
+
+
+# Bad input
+
+
+def test_an_unknown_command(refused):
+    assert "command 'trian' is unknown; did you mean 'train'?" in refused("trian")
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("train --epochs many", "many"),
+        ("train --epochs 0", "epochs must be at least 1, got 0"),
+        ("train --learning-rate -1", "learning_rate must be positive and finite, got -1.0"),
+        ("train --optimizer adm", "adm"),
+        ("train --colour red", "--colour"),
+        ("train extra", "extra"),
+    ],
+)
+def test_options_that_cannot_be_read(command, line, match):
+    code, out, err = command(line)
+    assert (code, out) == (2, "")
+    assert match in err
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ("--dataset digit", "dataset 'digit' is unknown; did you mean 'digits'"),
+        ("--network cn", "network 'cn' is unknown; did you mean 'cnn'"),
+        ("--algorithm fgw", "algorithm 'fgw' is unknown; did you mean 'fg-w'"),
+        ("--algorithm fg-a", "algorithm 'fg-a' is not available yet"),
+        ("--batch-size 5000", "batch_size (=5000) is larger than the training set"),
+        ("--data-dir nowhere --dataset mnist", "data_dir nowhere is not a folder"),
+        ("--algorithm fg-w --structure dense --rank 2", "rank must be 1 for structure 'dense'"),
+    ],
+)
+def test_settings_that_cannot_be_used(refused, options, match):
+    assert match in refused(f"train {QUICK} {options}")
+    assert not Path("runs").exists()
+
+
+def broken(folder: Path, kind: str):
+    train = write_pair(folder) / "train.parquet"
+    whole = train.read_bytes()
+    if kind == "missing":
+        train.unlink()
+    elif kind == "empty":
+        train.write_bytes(b"")
+    elif kind == "truncated":
+        train.write_bytes(whole[: len(whole) // 2])
+    elif kind == "label":
+        write_parquet(train, list(pixels(4)), [0, 1, 2, 3])
+    elif kind == "sizes":
+        write_parquet(train, [encode(pixels(1, size=(n, 5))[0]) for n in (6, 7)], [0, 1])
+    elif kind == "image":
+        write_parquet(train, [b"no image", b"no image"], [0, 1])
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "label", "sizes", "image"])
+def test_files_that_cannot_be_used(refused, kind):
+    broken(Path("data/set"), kind)
+    assert "train.parquet" in refused(f"train {QUICK} --dataset set --data-dir data --batch-size 2")
+    assert not Path("runs").exists()
+
+
+def test_a_folder_that_cannot_be_written(refused):
+    Path("file").write_text("")
+    message = refused(f"train {QUICK} --out file/run")
+    assert "cannot write" in message or "not" in message
+
+
+def test_without_the_extra(command, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
+
+    monkeypatch.setattr(_main, "_command", missing)
+    code, _, err = command("train")
+    assert code == 2
+    assert err == (
+        "error: module 'tyro' is missing; the commands need the extra 'train': "
+        "pip install 'forwardgrad[train]'\n"
+    )
+
+
+# Training
+
+
+def test_train_says_what_it_did_and_where_the_files_are(command):
+    code, out, err = command(f"train {QUICK} --out run")
+    assert (code, err) == (0, "")
+    for text in ("bp", "logreg, 650 parameters", "digits", "3 steps", "test error", "run/:"):
+        assert text in out
+    assert Path("run/summary.json").exists()
+
+
+def test_resuming_a_finished_run_says_so(command, refused):
+    command(f"train {QUICK} --out run")
+    assert "already holds a run" in refused(f"train {QUICK} --out run")
+    code, out, _ = command(f"train {QUICK} --out run --resume")
+    assert code == 0
+    assert "The run in run is finished already." in out
+    assert "seed (0 there, 3 now)" in refused(f"train {QUICK} --out run --resume --seed 3")
+
+
+# Experiments
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    size: int = 3
+    """Size."""
+    out: Path = Path("out")
+    """Folder."""
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    """A registered experiment, and the options that it was run with."""
+    called = []
+
+    def run(options: Options) -> Path:
+        if options.size < 0:
+            raise InputError(f"size must not be negative, got {options.size}")
+        called.append(options)
+        return options.out
+
+    entry = experiments.Experiment("probe", "a probe of the command", Options, run)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "probe", entry)
+    return called
+
+
+@pytest.mark.parametrize("line", ["reproduce", "reproduce --help"])
+def test_experiments_are_listed(command, experiment, line):
+    code, out, _ = command(line)
+    assert code == 0
+    assert re.search(r"probe +a probe of the command", out)
+
+
+def test_an_experiment_is_run_with_its_options(command, experiment):
+    code, out, _ = command("reproduce probe --size 5")
+    assert code == 0
+    assert experiment == [Options(size=5)]
+    assert "results and figure: out" in out
+
+
+def test_an_experiment_explains_its_options(command, experiment):
+    code, out, _ = command("reproduce probe --help")
+    assert code == 0
+    assert "--size" in out
+    assert experiment == []
+
+
+def test_experiments_that_cannot_be_run(refused, experiment):
+    assert "experiment 'prob' is unknown; did you mean 'probe'" in refused("reproduce prob")
+    assert "size must not be negative, got -1" in refused("reproduce probe --size -1")
