@@ -137,7 +137,8 @@ def _conv_by_factors(
     spread = multiply([over_out], [RANK, label] if terms > 1 else [label])
     spread = spread.reshape(terms, groups, -1)
     y = y * spread[0] if terms == 1 else jnp.einsum("...gr,rgo->...go", y, spread)
-    return jnp.moveaxis(y.reshape(*y.shape[:-2], -1), -1, channel)
+    y = y.reshape(*y.shape[:-2], w.value.shape[out_axis])
+    return jnp.moveaxis(y, -1, channel)
 
 
 @rule("gather")
