@@ -7,6 +7,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import jaxtyping
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -19,3 +21,11 @@ hypothesis.settings.load_profile("forwardgrad")
 
 with install_import_hook("forwardgrad", "beartype.beartype"):
     import forwardgrad  # noqa: F401
+
+
+@pytest.fixture
+def unchecked():
+    """The library as those meet it who do not check annotations."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,6 +1,7 @@
 """Small data sets on disk, sound and unsound, for the tests of `forwardgrad.data`."""
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,19 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 CLASSES = ("cat", "dog", "eel")
+
+REAL = Path(os.environ.get("FORWARDGRAD_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def real_folder() -> Path:
+    """The folder of real data sets; a test that needs them is skipped where there is none."""
+    if not REAL.is_dir():
+        pytest.skip(f"no real data: folder {REAL} is not there (set FORWARDGRAD_DATA)")
+    return REAL
 
 
 def pixels(count: int, *, size: tuple[int, int] = (6, 5), channels: int = 1, seed: int = 0):

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import forwardgrad as fg
@@ -13,10 +14,12 @@ BATCH = 512
 
 
 def loss(params, x, y):
-    """The scaling MLP: equal layers, ReLU, squared error."""
-    for layer in params[:-1]:
+    """The scaling MLP: equal layers, ReLU, cross-entropy."""
+    *hidden, last = params
+    for layer in hidden:
         x = jax.nn.relu(x @ layer["W"] + layer["b"])
-    return jnp.mean((x @ params[-1]["W"] + params[-1]["b"] - y) ** 2)
+    logits = x @ last["W"] + last["b"]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
 
 @functools.cache
@@ -34,9 +37,10 @@ def compiled(estimator: fg.AbstractEstimator | None, depth: int, batch: int = BA
         "b": jax.ShapeDtypeStruct((WIDTH,), jnp.float32),
     }
     x = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32)
+    y = jax.ShapeDtypeStruct((batch,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     donated = (0,) if estimator is not None else ()
-    return jax.jit(step, donate_argnums=donated).lower([layer] * depth, x, x, key).compile()
+    return jax.jit(step, donate_argnums=donated).lower([layer] * depth, x, y, key).compile()
 
 
 def flops(*args) -> float:

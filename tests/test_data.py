@@ -1,7 +1,6 @@
 import contextlib
 import functools
 import http.server
-import os
 import socket
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from data_helpers import (
     CLASSES,
     encode,
     pixels,
+    real_folder,
     write_columns,
     write_images,
     write_pair,
@@ -29,8 +29,6 @@ from data_helpers import (
 )
 from forwardgrad import InputError, data
 from forwardgrad.data import _decode, _stream, _tables
-
-REAL = Path(os.environ.get("FORWARDGRAD_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +46,7 @@ def _isolated(monkeypatch, cache):
 @functools.cache
 def real(name: str) -> data.Dataset:
     """A data set of the folder of real ones; loaded once."""
-    if not REAL.is_dir():
-        pytest.skip(f"no real data: folder {REAL} is not there (set FORWARDGRAD_DATA)")
-    return data.load(name, REAL)
+    return data.load(name, real_folder())
 
 
 def fails(match: str):

@@ -32,7 +32,7 @@ def quadratic(w, x=1.0):
 
 def fails(*words: str):
     """A context that must raise an `InputError`, of one line that has these words."""
-    return pytest.raises(fg.InputError, match="^.*" + ".*".join(words) + ".*$")
+    return pytest.raises(fg.InputError, match=".*".join(words))
 
 
 # Every estimator
@@ -231,6 +231,11 @@ def test_scan(estimator):
     np.testing.assert_allclose(last, w, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [fg.Backpropagation(), FG_W, fg.WeightPerturbation(tangents=3, orthogonal=True)],
+    ids=repr,
+)
 def test_no_leaked_tracers(estimator, key):
     problem = PROBLEMS["convolutions and scan"]()
     step = fg.value_and_grad(lambda *args: (problem.fun(*args), args[1]), estimator, has_aux=True)
@@ -376,6 +381,7 @@ def test_aux_is_no_pair(estimator, key, result):
 
 
 @pytest.mark.parametrize("estimator", [fg.WeightPerturbation, "fg-w", None, optax.sgd(0.1)])
+@pytest.mark.usefixtures("unchecked")
 def test_not_an_estimator(estimator):
     with fails("estimator must be"):
         fg.value_and_grad(quadratic, estimator)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
@@ -89,7 +90,9 @@ def _checked_params(params: PyTree) -> PyTree[Array]:
             continue
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             name = jax.tree_util.keystr(path) or "itself"
-            what = f"a {dtype} array" if dtype is not None else f"{leaf!r}"
+            what = (
+                f"a {dtype} array" if dtype is not None else getattr(leaf, "__name__", repr(leaf))
+            )
             raise InputError(
                 f"params{name if path else ' ' + name} must be a floating-point array, got {what}; "
                 "split such leaves off first, for instance with "
@@ -107,6 +110,11 @@ def _pair(out: Any) -> tuple[Any, Any]:
 
 
 def _checked_value(value: Any) -> Array:
+    if not eqx.is_array_like(value):
+        raise InputError(
+            f"fun must return a real floating-point scalar, got a {type(value).__name__}; "
+            "auxiliary data needs has_aux=True"
+        )
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(

@@ -1,5 +1,6 @@
 """Forward gradients: perturb the weights, keep what the directional derivative says."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -18,7 +19,6 @@ from forwardgrad.estimators._distributions import (
     to_sphere,
 )
 from forwardgrad.rewrite import (
-    FactorShape,
     Layout,
     Program,
     Walk,
@@ -225,14 +225,10 @@ def gram_matrix(
 def _gram(layout: Layout, arrays: Sequence[Array]) -> Float[Array, "tangents tangents"]:
     product: Any = 1.0
     for shape, a in zip(layout, arrays, strict=True):
-        stacked, own = (math.prod(a.shape[i] for i in group) for group in _positions(shape, a.ndim))
+        own = a.ndim - len(shape.own)
+        bounds = (1, own - len(shape.stacked), own, a.ndim)
         # Axes: tangents, terms of the tangent, slices of a stack, entries.
-        a = a.reshape(a.shape[0], -1, stacked, own).astype(jnp.float32)
+        sizes = [math.prod(a.shape[i:j]) for i, j in itertools.pairwise(bounds)]
+        a = a.reshape(a.shape[0], *sizes).astype(jnp.float32)
         product = product * jnp.einsum("krsi,lqsi->klrqs", a, a)
     return jnp.sum(product, axis=(2, 3, 4))
-
-
-def _positions(shape: FactorShape, ndim: int) -> tuple[range, range]:
-    """Where a factor's stacked and own axes are."""
-    own = ndim - len(shape.own)
-    return range(own - len(shape.stacked), own), range(own, ndim)

@@ -170,7 +170,7 @@ def _plot(path: Path, cells: list[dict[str, Any]], options: ScalingOptions) -> N
                 depths, [row["temp_bytes"] / MIB for row in rows], marker=".", label=name
             )
         axes[0, column].set(title=f"batch {batch_size}", ylabel="time of a step (ms)")
-        axes[1, column].set(xlabel="layers of 1024", ylabel="temporary memory (MiB)")
+        axes[1, column].set(xlabel=f"layers of {options.width}", ylabel="temporary memory (MiB)")
     axes[0, 0].legend()
     for a in axes.flat:
         a.grid(alpha=0.3)

@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr
 
 from forwardgrad.rewrite import _control, _rules  # noqa: F401  (they register their rules)
 from forwardgrad.rewrite._perturbed import RANK, TANGENTS, Factor, Label, Perturbed, multiply
-from forwardgrad.rewrite._walk import Array, Roles, Walk
+from forwardgrad.rewrite._walk import Roles, Walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Program:
 
         def flat(leaves):
             value, aux = fun(self.treedef.unflatten(leaves))
-            arrays, static = eqx.partition(aux, eqx.is_array)
+            arrays, static = eqx.partition(aux, lambda leaf: isinstance(leaf, jax.Array))
             aux_leaves, aux_treedef = jax.tree.flatten(arrays)
             structure.append((aux_treedef, static))
             return value, aux_leaves
@@ -56,9 +56,10 @@ class Program:
         self._closed: ClosedJaxpr = jax.make_jaxpr(flat)(self.leaves)
         self._aux_treedef, self._static_aux = structure[-1]
 
-    def evaluate(self, weights: Sequence[Any], walk: Walk) -> tuple[Array, list[Array]]:
+    def evaluate(self, weights: Sequence[Any], walk: Walk) -> tuple[jax.Array, list[jax.Array]]:
         """The function's value and the arrays among its auxiliary data."""
-        value, *aux = walk.arrays(self._closed.jaxpr, self._closed.consts, weights)
+        outs = walk.arrays(self._closed.jaxpr, self._closed.consts, weights)
+        value, *aux = [jnp.asarray(out) for out in outs]
         return value, aux
 
     def auxiliary(self, arrays: Sequence[jax.Array]) -> Any:

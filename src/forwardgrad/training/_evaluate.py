@@ -1,5 +1,6 @@
 """The error of a network on a split."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,7 +17,7 @@ BATCH = 500
 def make_error(loss: Loss, split: Split, limit: int | None = None) -> Callable[[PyTree], float]:
     """A function of the parameters: the per cent of wrong predictions on a split.
 
-    `limit` stops after about that many examples of a streamed split. A short batch is filled up
+    `limit` stops after about that many examples. A short batch is filled up
     with examples of the label -1, which is always wrong, so that one program serves all.
     """
     count = jax.jit(lambda params, images, labels: loss(params, images, labels)[1]["errors"])
@@ -35,14 +36,11 @@ def make_error(loss: Loss, split: Split, limit: int | None = None) -> Callable[[
 
 
 def _batches(split: Split, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    stop = len(split) if limit is None else min(limit, len(split))
     if isinstance(split, ResidentSplit):
-        for start in range(0, len(split), BATCH):
-            yield split.images[start : start + BATCH], split.labels[start : start + BATCH]
+        for start in range(0, stop, BATCH):
+            chosen = slice(start, min(start + BATCH, stop))
+            yield split.images[chosen], split.labels[chosen]
         return
     assert isinstance(split, StreamedSplit)
-    seen = 0
-    for images, labels in split.ordered(BATCH):
-        yield images, labels
-        seen += len(labels)
-        if limit is not None and seen >= limit:
-            return
+    yield from itertools.islice(split.ordered(BATCH), -(-stop // BATCH))

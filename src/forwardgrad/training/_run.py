@@ -17,7 +17,7 @@ from forwardgrad.training._optimisers import optimiser, schedule
 from forwardgrad.training._state import initial_state, make_advance
 
 TRAIN_ERROR_EXAMPLES = 10_000
-"""Of a streamed training set, how many examples its error is measured on."""
+"""How many examples of the training set its error is measured on at the end of a run."""
 
 
 class Run:

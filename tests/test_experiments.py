@@ -1,0 +1,212 @@
+"""The papers' experiments, small; the benchmark's models."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import forwardgrad as fg
+from data_helpers import real_folder, write_pair
+from forwardgrad._errors import InputError
+from forwardgrad.experiments import (
+    EXPERIMENTS,
+    Step,
+    checkpointed_mlp_loss,
+    interleave,
+    mlp_loss,
+    mlp_problem,
+    provenance,
+    stacked,
+)
+from forwardgrad.experiments import _mnist as mnist
+from forwardgrad.experiments import _scaling as scaling
+from forwardgrad.experiments import _toy as toy
+
+
+def options(name, **settings):
+    return EXPERIMENTS[name].options(**settings)
+
+
+def run(name, chosen):
+    """The experiment's JSON, once its folder has been checked to hold a figure that opens."""
+    out = EXPERIMENTS[name].run(chosen)
+    with Image.open(out / f"{name}.png") as figure:
+        assert min(figure.size) > 300
+        assert len(figure.convert("RGB").resize((64, 64)).getcolors(4096)) > 10
+    stored = json.loads((out / f"{name}.json").read_text())
+    assert stored["experiment"] == name
+    assert set(provenance()) <= set(stored)
+    assert not any("/" in str(value) for value in stored["options"].values())
+    return stored
+
+
+@pytest.mark.parametrize(("name", "minimum"), [("beale", (3.0, 0.5)), ("rosenbrock", (1.0, 1.0))])
+def test_toy_functions_have_their_minimum(name, minimum):
+    function = toy.PROBLEMS[name].function
+    assert function(jnp.array(minimum)) == 0
+    assert not np.any(jax.grad(function)(jnp.array(minimum)))
+    assert function(jnp.array(minimum) + 0.1) > 0
+
+
+def test_toy(tmp_path):
+    chosen = options("toy", out=tmp_path, iterations=300, runs=3, repeats=1)
+    results = run("toy", chosen)["results"]
+    assert set(results) == {"beale", "rosenbrock"}
+    for name, methods in results.items():
+        problem = toy.PROBLEMS[name]
+        assert {method: len(r["losses"]) for method, r in methods.items()} == {
+            "forward gradient": 3,
+            "gradient descent": 1,
+        }
+        point, points = np.array(problem.start), methods["gradient descent"]["points"][0]
+        for step in range(3):
+            np.testing.assert_allclose(points[step], point, atol=1e-5)
+            point = point - problem.learning_rate * jax.grad(problem.function)(point)
+        for method in methods.values():
+            assert method["seconds_per_step"] > 0
+            assert all(losses[-1] < 0.5 * losses[0] for losses in method["losses"])
+
+
+def test_scaling(tmp_path, monkeypatch):
+    small = {"out": tmp_path, "width": 16, "repeats": 2, "batch_sizes": (4,)}
+    first = run("scaling", options("scaling", depths=(1, 3), **small))
+    for cell in first["cells"].values():
+        assert set(cell["methods"]) == set(scaling.METHODS)
+        for row in cell["methods"].values():
+            assert len(row["seconds"]) == 2
+            assert row["temp_bytes"] > 0
+
+    measured = []
+    measure = scaling._measure
+    monkeypatch.setattr(
+        scaling, "_measure", lambda *args: measured.append(args[:2]) or measure(*args)
+    )
+    second = run("scaling", options("scaling", depths=(1, 2, 3), **small))
+    assert measured == [(2, 4)]
+    assert len(second["cells"]) == 3
+    assert {k: second["cells"][k] for k in first["cells"]} == first["cells"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("width", 32), ("repeats", 3)])
+def test_scaling_refuses_the_results_of_other_settings(tmp_path, name, value):
+    chosen = options("scaling", out=tmp_path, width=16, repeats=2, depths=(1,), batch_sizes=(4,))
+    scaling.run_scaling(chosen)
+    before = (tmp_path / "scaling.json").read_bytes()
+    with pytest.raises(InputError, match=f"holds results for {name} .* pass another --out"):
+        scaling.run_scaling(dataclasses.replace(chosen, **{name: value}))
+    assert (tmp_path / "scaling.json").read_bytes() == before
+
+
+def test_checkpointed_loss_is_the_same_function():
+    params, batch = mlp_problem(4, 8, 16)
+    value, grads = jax.value_and_grad(mlp_loss)(params, *batch)
+    other, other_grads = jax.value_and_grad(checkpointed_mlp_loss)(stacked(params), *batch)
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.stack([g["W"] for g in grads[:-1]]), other_grads["hidden"]["W"], rtol=1e-4, atol=1e-7
+    )
+
+
+def test_step_updates_its_own_parameters():
+    params, batch = mlp_problem(2, 8, 16)
+    before = jax.tree.map(np.array, params)
+    step = Step(mlp_loss, params, fg.Backpropagation(), batch)
+    step()
+    step()
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, params))
+    assert not np.array_equal(step._params[0]["W"], before[0]["W"])
+    assert step.flops > 0
+
+
+def test_interleave_takes_turns_and_leaves_out_the_first_round():
+    calls = []
+    seconds = interleave({name: lambda n=name: calls.append(n) for name in "ab"}, 3)
+    assert calls == list("abababab")
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["logreg", "mlp", "cnn"])
+def test_mnist(tmp_path, monkeypatch, network):
+    iterations = {"logreg": 200, "mlp": 60, "cnn": 20}[network]
+    # The third network takes minutes to evaluate on ten thousand images.
+    data_dir = tmp_path / "data" if network == "cnn" else real_folder()
+    if network == "cnn":
+        write_pair(data_dir / "mnist", train=128)
+    chosen = options(
+        f"mnist-{network}",
+        out=tmp_path / "out",
+        data_dir=data_dir,
+        iterations=iterations,
+        seeds=1,
+        log_every=iterations // 10,
+        learning_rates=(2e-4,),
+    )
+    first = run(f"mnist-{network}", chosen)
+    assert [cell["algorithm"] for cell in first["cells"]] == ["bp", "fg-w"]
+    for cell in first["cells"]:
+        assert cell["steps"] == list(range(iterations // 10, iterations + 1, iterations // 10))
+        assert cell["times"] == sorted(cell["times"])
+        assert all(np.isfinite(cell["losses"]))
+    assert [row["seeds"] for row in first["table"]] == [1, 1]
+    bp, fg_w = first["cells"]
+    if network != "cnn":  # Twenty steps are too few to see.
+        assert bp["losses"][-1] < bp["losses"][0]
+    if network == "logreg":
+        assert fg_w["losses"][-1] < fg_w["losses"][0]
+    monkeypatch.setattr("forwardgrad.training._run.make_advance", None)
+    second = run(f"mnist-{network}", chosen)
+    assert second["cells"] == first["cells"]
+
+
+def test_mnist_table_is_mean_and_deviation_over_seeds():
+    cells = [
+        {
+            "algorithm": "bp",
+            "learning_rate": 0.1,
+            "test_error": error,
+            "losses": [9.0, loss],
+            "seconds": seconds,
+        }
+        for error, loss, seconds in ((1.0, 0.1, 5.0), (3.0, 0.3, 7.0), (5.0, 0.5, 60.0))
+    ]
+    (row,) = mnist._table(cells)
+    assert row["test_error_mean"] == 3.0
+    assert row["test_error_std"] == pytest.approx((8 / 3) ** 0.5)
+    assert row["loss_mean"] == pytest.approx(0.3)
+    assert row["seconds_median"] == 7.0
+
+
+MODELS = Path(__file__).parents[1] / "benchmarks" / "models.py"
+
+
+@pytest.fixture(scope="module")
+def models():
+    spec = importlib.util.spec_from_file_location("models", MODELS)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["MLP 10x1024, batch 64", "CNN, batch 64", "Equinox MLP 17x1024, batch 256",
+     "NNX transformer 6x512, 8x128 tokens"],
+)  # fmt: skip
+def test_benchmark_models(models, name):
+    loss, params, batch = models.PROBLEMS[name]()
+    value, grads = jax.jit(fg.value_and_grad(loss, fg.WeightPerturbation()))(
+        params, *batch, key=jax.random.key(0)
+    )
+    np.testing.assert_allclose(value, jax.jit(loss)(params, *batch), rtol=1e-4)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    assert len(jax.tree.leaves(grads)) == len(jax.tree.leaves(params))
