@@ -73,9 +73,9 @@ class Transformer(nnx.Module):
         return self.head(self.norm(x))
 
 
-def nnx_transformer():
-    """Six blocks of width 512 with 8 heads, on 8 sequences of 128 tokens out of 1000."""
-    model = Transformer(1000, 128, 512, 8, 6, rngs=nnx.Rngs(0))
+def nnx_transformer(width):
+    """Six blocks with 8 heads, on 8 sequences of 128 tokens out of 1000."""
+    model = Transformer(1000, 128, width, 8, 6, rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     tokens = jax.random.randint(jax.random.key(1), (8, 129), 0, 1000)
 
@@ -97,5 +97,8 @@ PROBLEMS = {
     },
     "CNN, batch 64": cnn,
     "Equinox MLP 17x1024, batch 256": equinox_mlp,
-    "NNX transformer 6x512, 8x128 tokens": nnx_transformer,
+    **{
+        f"NNX transformer 6x{width}, 8x128 tokens": functools.partial(nnx_transformer, width)
+        for width in (256, 512)
+    },
 }

@@ -1,11 +1,12 @@
 """What a training step costs: FG-W against backpropagation, in one process, interleaved.
 
     python benchmarks/step.py --out results/benchmarks/step.json
-    python benchmarks/step.py --torch            # with PyTorch beside it: pip install '.[bench]'
+    python benchmarks/step.py --torch --only MLP # with PyTorch beside it: pip install '.[bench]'
 
 Every step is loss, gradient and SGD update in one compiled program that updates the parameters in
 place. Times are medians of interleaved runs; read the ratios. "BP, checkpointed" scans over the
-layers of the scaling MLP, each in `jax.checkpoint`.
+layers of the scaling MLP, each in `jax.checkpoint`. PyTorch's threads slow JAX down in the same
+process, which is why it is no part of the first command.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """Cost of a compiled step: what XLA says of it, and what the clock says, side by side."""
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -80,10 +81,15 @@ class Step:
 
 
 def interleave(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` rounds over all of `steps` after one to warm up."""
+    """Seconds of each call, `repeats` rounds over all of `steps` after one to warm up.
+
+    Each round has another order: what a step finds in the caches depends on the one before it.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps.items())
     for round_number in range(repeats + 1):
-        for name, step in steps.items():
+        random.Random(round_number).shuffle(order)
+        for name, step in order:
             began = time.perf_counter()
             step()
             if round_number:
