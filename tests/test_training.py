@@ -15,6 +15,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forwardgrad import Backpropagation, InputError, WeightPerturbation, data
+from forwardgrad.networks import build
+from forwardgrad.objectives import GlobalLoss
 from forwardgrad.training import ALGORITHMS, TrainConfig, _feeds, _run, fit, load_run
 from forwardgrad.training._algorithms import resolve
 from forwardgrad.training._config import Optimizer
@@ -22,7 +24,7 @@ from forwardgrad.training._evaluate import BATCH, make_error
 from forwardgrad.training._feeds import make_feeds
 from forwardgrad.training._metrics import Metrics
 from forwardgrad.training._optimisers import optimiser, schedule
-from forwardgrad.training._state import initial_state, make_advance
+from forwardgrad.training._state import initial_state, make_advance, slow_in_loops
 
 STEPS = 1437 // 64
 
@@ -161,7 +163,7 @@ def test_sgd_with_momentum_and_weight_decay_by_hand():
 # The compiled loop
 
 
-def loop(estimator, **counts):
+def loop(estimator, compiled_loop=True):
     """An advance function with its first state, and a feed of random examples."""
     examples = split(48)
 
@@ -176,16 +178,18 @@ def loop(estimator, **counts):
     key = jax.random.key(7)
     feed, _, steps = next(make_feeds(examples, 8, key, 0).epoch(0, 0))
     state = initial_state(params, transformation, steps)
-    return make_advance(loss, estimator, transformation, key), state, feed, loss, transformation
+    advance = make_advance(loss, estimator, transformation, key, compiled_loop=compiled_loop)
+    return advance, state, feed, loss, transformation
 
 
 def copy(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
+@pytest.mark.parametrize("compiled_loop", [True, False])
 @pytest.mark.parametrize("estimator", [Backpropagation(), WeightPerturbation(tangents=3)])
-def test_cutting_an_epoch_changes_no_bit(estimator):
-    advance, state, feed, *_ = loop(estimator)
+def test_cutting_an_epoch_changes_no_bit(estimator, compiled_loop):
+    advance, state, feed, *_ = loop(estimator, compiled_loop)
     whole = advance(copy(state), feed, 0, 6)
     parts = copy(state)
     for start, stop in ((0, 0), (0, 1), (1, 4), (4, 6)):
@@ -201,8 +205,9 @@ def test_one_program_serves_all_lengths():
     assert advance._cache_size() == 1
 
 
-def test_steps_are_what_one_would_write_by_hand():
-    advance, state, feed, loss, transformation = loop(Backpropagation())
+@pytest.mark.parametrize("compiled_loop", [True, False])
+def test_steps_are_what_one_would_write_by_hand(compiled_loop):
+    advance, state, feed, loss, transformation = loop(Backpropagation(), compiled_loop)
     params, optimiser_state, losses, errors = copy(state.params), state.optimiser, [], []
     for batch in np.asarray(feed.order):
         images, labels = feed.images[batch], feed.labels[batch]
@@ -216,6 +221,21 @@ def test_steps_are_what_one_would_write_by_hand():
     np.testing.assert_allclose(after.params["W"], params["W"], rtol=1e-5)
     np.testing.assert_allclose(after.losses, losses, rtol=1e-5)
     np.testing.assert_array_equal(after.errors, errors)
+
+
+@pytest.mark.parametrize(("network", "slow"), [("mlp", False), ("cnn", True)])
+def test_convolutions_leave_the_compiled_loop(network, slow):
+    """XLA's CPU backend compiles their gradients well outside of loops only."""
+    params, static = eqx.partition(
+        build(network, image_shape=(8, 8, 1), classes=3, width=4, key=jax.random.key(0)),
+        eqx.is_inexact_array,
+    )
+
+    def loss(params, images, labels):
+        return GlobalLoss()(eqx.combine(params, static), images / 255, labels)
+
+    images = jnp.zeros((1, 8, 8, 1), jnp.uint8)
+    assert slow_in_loops(loss, params, images, jnp.zeros(1, int)) is slow
 
 
 def test_every_step_has_tangents_of_its_own():

@@ -14,7 +14,7 @@ from forwardgrad.training._config import TrainConfig
 from forwardgrad.training._evaluate import make_error
 from forwardgrad.training._feeds import make_feeds
 from forwardgrad.training._optimisers import optimiser, schedule
-from forwardgrad.training._state import initial_state, make_advance
+from forwardgrad.training._state import initial_state, make_advance, slow_in_loops
 
 TRAIN_ERROR_EXAMPLES = 10_000
 """How many examples of the training set its error is measured on at the end of a run."""
@@ -41,7 +41,14 @@ class Run:
         self.learning_rate = schedule(config, self.steps)
         transformation = optimiser(config, self.steps)
         self.state = initial_state(params, transformation, self.steps_per_epoch)
-        self.advance = make_advance(loss, row.estimator(config), transformation, step_key)
+        example = jnp.zeros((1, *data.image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
+        self.advance = make_advance(
+            loss,
+            row.estimator(config),
+            transformation,
+            step_key,
+            compiled_loop=not slow_in_loops(loss, params, *example),
+        )
         self.test_error = make_error(loss, data.test)
         self.train_error = make_error(loss, data.train, TRAIN_ERROR_EXAMPLES)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -49,21 +48,31 @@ def initial_state(
     )
 
 
+Advance = Callable[[TrainState, Feed, int, int], TrainState]
+"""`advance(state, feed, start, stop)` does steps `feed.order[start:stop]`."""
+
+
 def make_advance(
     loss: Loss,
     estimator: AbstractEstimator,
     optimiser: optax.GradientTransformation,
     key: Key[Array, ""],
-) -> Callable[[TrainState, Feed, Any, Any], TrainState]:
-    """The compiled loop: `advance(state, feed, start, stop)` does steps `feed.order[start:stop]`.
+    *,
+    compiled_loop: bool = True,
+) -> Advance:
+    """The loop over steps, compiled as a whole, or step by step.
 
-    One program serves every number of steps, so how an epoch is cut into calls changes nothing.
+    Either way, how an epoch is cut into calls changes nothing: the steps are those of one program.
     """
     gradient = value_and_grad(loss, estimator, has_aux=True)
 
-    def step(state: TrainState, images: Array, labels: Array) -> TrainState:
+    def step(i: Array, state: TrainState, feed: Feed) -> TrainState:
+        batch = feed.order[i]
         (value, aux), grads = gradient(
-            state.params, images, labels, key=jax.random.fold_in(key, state.step)
+            state.params,
+            feed.images[batch],
+            feed.labels[batch],
+            key=jax.random.fold_in(key, state.step),
         )
         updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
         position = state.step % state.losses.size
@@ -75,12 +84,37 @@ def make_advance(
             errors=state.errors.at[position].set(aux["errors"]),
         )
 
+    return _compiled_loop(step) if compiled_loop else _step_by_step(step)
+
+
+def _compiled_loop(step: Callable) -> Advance:
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(state: TrainState, feed: Feed, start: Array, stop: Array) -> TrainState:
-        def body(i, state):
-            batch = feed.order[i]
-            return step(state, feed.images[batch], feed.labels[batch])
-
-        return jax.lax.fori_loop(start, stop, body, state)
+        return jax.lax.fori_loop(start, stop, lambda i, state: step(i, state, feed), state)
 
     return advance
+
+
+def _step_by_step(step: Callable) -> Advance:
+    compiled = jax.jit(step, donate_argnums=1)
+
+    def advance(state: TrainState, feed: Feed, start: int, stop: int) -> TrainState:
+        if start == stop:
+            # A call for no steps is one to compile.
+            compiled(start, jax.tree.map(jnp.copy, state), feed)
+        for i in range(start, stop):
+            state = compiled(i, state, feed)
+        return state
+
+    return advance
+
+
+def slow_in_loops(loss: Loss, params: PyTree, images: Array, labels: Array) -> bool:
+    """Whether a compiled loop would make the loss's gradient slow.
+
+    XLA's CPU backend has fast convolutions for gradients in a program's outermost computation
+    only; in a loop they take fifty times as long.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    return "conv_general_dilated" in str(jax.make_jaxpr(loss)(params, images, labels))
