@@ -244,26 +244,31 @@ def test_no_leaked_tracers(estimator, key):
 
 
 @pytest.mark.slow
-def test_sharding():
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_sharding(axis_type):
     """Sharded parameters and data give the numbers of a single device."""
     code = """
         import jax, jax.numpy as jnp, numpy as np, forwardgrad as fg
-        from jax.sharding import NamedSharding, PartitionSpec as P
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         assert jax.device_count() == 4
-        mesh = jax.make_mesh((2, 2), ("data", "model"))
+        kind = AxisType.AXIS_TYPE
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
         put = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, P(*axes)))
         W, x = jnp.ones((8, 4)) * jnp.arange(4) * 0.1, jax.random.normal(jax.random.key(1), (16, 8))
         loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["W"] + p["b"]) ** 2)
         step = jax.jit(fg.value_and_grad(loss, fg.WeightPerturbation(tangents=2)))
         plain = step({"W": W, "b": jnp.zeros(4)}, x, key=jax.random.key(0))
         params = {"W": put(W, None, "model"), "b": put(jnp.zeros(4), "model")}
-        sharded = step(params, put(x, "data"), key=jax.random.key(0))
+        with jax.set_mesh(mesh):
+            sharded = step(params, put(x, "data"), key=jax.random.key(0))
+        if kind == AxisType.Explicit:
+            assert sharded[1]["W"].sharding.spec == P(None, "model")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
                      plain, sharded)
     """
     flags = "--xla_force_host_platform_device_count=4"
     subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code).replace("AXIS_TYPE", axis_type)],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         check=True,
     )

@@ -222,3 +222,9 @@ def _arrange(x: Factor, out: Sequence[Label]) -> jax.Array:
     array = jnp.sum(x.array, axis=summed) if summed else x.array
     kept = [label for label in x.labels if label in out]
     return array.transpose([kept.index(label) for label in out])
+
+
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` with the sharding of `like`, where that is a part of types (an explicit mesh)."""
+    sharding = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)

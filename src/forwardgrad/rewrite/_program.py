@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from forwardgrad.rewrite import _control, _rules  # noqa: F401  (they register their rules)
-from forwardgrad.rewrite._perturbed import RANK, TANGENTS, Factor, Label, Perturbed, multiply
+from forwardgrad.rewrite._perturbed import (
+    RANK,
+    TANGENTS,
+    Factor,
+    Label,
+    Perturbed,
+    multiply,
+    placed_like,
+)
 from forwardgrad.rewrite._walk import Roles, Walk
 
 
@@ -179,7 +187,7 @@ def combine_tangents(
         if len(terms) > MOST_UNROLLED:
             terms = [factors]
     total = sum(multiply(term, out) for term in terms)
-    return total.reshape(value.shape).astype(value.dtype)
+    return placed_like(total.reshape(value.shape).astype(value.dtype), value)
 
 
 def _terms(factors: tuple[Factor, ...], label: Label) -> list[tuple[Factor, ...]]:

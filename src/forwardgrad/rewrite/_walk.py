@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from forwardgrad.rewrite._perturbed import Factor, Label, Perturbed
+from forwardgrad.rewrite._perturbed import Factor, Label, Perturbed, placed_like
 
 Array: TypeAlias = Any
 """A JAX array, or one of the NumPy arrays and numbers that jaxprs hold as constants."""
@@ -132,7 +132,8 @@ class Walk:
                 terms.append(primal(dx, value) if moved is None else moved)
             if not _is_zero(dvalue):
                 terms.append(primal(x, dvalue))
-            return out, sum((t.astype(out.dtype) for t in terms), start=jnp.zeros_like(out))
+            terms = [placed_like(t.astype(out.dtype), out) for t in terms]
+            return out, sum(terms, start=jnp.zeros_like(out))
 
         op.defjvp(jvp, symbolic_zeros=True)
         return op(self.eps, x, weight.value, [f.array for f in weight.factors])
