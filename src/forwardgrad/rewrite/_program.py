@@ -1,6 +1,8 @@
 """A function of the parameters as a program, and the factors that suit each parameter."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -186,7 +188,7 @@ def combine_tangents(
             terms = [term for group in terms for term in _terms(group, label)]
         if len(terms) > MOST_UNROLLED:
             terms = [factors]
-    total = sum(multiply(term, out) for term in terms)
+    total = functools.reduce(operator.add, [multiply(term, out) for term in terms])
     return placed_like(total.reshape(value.shape).astype(value.dtype), value)
 
 
