@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from forwardgrad.rewrite._perturbed import Factor, Perturbed
-from forwardgrad.rewrite._walk import PROGRAMS, Value, Walk, programs, rule
+from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk, Value, programs, rule
 
 
 @rule(
@@ -21,40 +21,43 @@ from forwardgrad.rewrite._walk import PROGRAMS, Value, Walk, programs, rule
     "custom_vjp_call_jaxpr",
     table=PROGRAMS,
 )
-def _inline(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+def _inline(walk: AbstractWalk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
     # Forward mode keeps no residuals, so rematerialisation has nothing to save.
     (program,) = programs(eqn)
     return walk(program.jaxpr, program.consts, invals)
 
 
 @rule("scan", table=PROGRAMS)
-def _scan(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+def _scan(walk: AbstractWalk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
     body = eqn.params["jaxpr"]
-    num_consts, num_carry = _scan_counts(eqn)
+    num_consts, num_carry = scan_counts(eqn)
     consts = invals[:num_consts]
     init = [walk.array(v) for v in invals[num_consts : num_consts + num_carry]]
     stacks = [_Stack(walk, v) for v in invals[num_consts + num_carry :]]
 
     def step(carry, slices):
-        xs = [stack.at(part) for stack, part in zip(stacks, slices, strict=True)]
-        outs = walk.arrays(body.jaxpr, body.consts, [*consts, *carry, *xs])
-        return outs[:num_carry], outs[num_carry:]
+        i, parts = slices
+        xs = [stack.at(part) for stack, part in zip(stacks, parts, strict=True)]
+        inner = walk.iteration(i)
+        outs = inner.arrays(body.jaxpr, body.consts, [*consts, *carry, *xs])
+        return outs[:num_carry], (outs[num_carry:], inner.noted)
 
-    carry, ys = jax.lax.scan(
+    carry, (ys, noted) = jax.lax.scan(
         step,
         init,
-        [stack.arrays for stack in stacks],
+        (jnp.arange(eqn.params["length"]), [stack.arrays for stack in stacks]),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
+    walk.note(noted)
     return [*carry, *ys]
 
 
 class _Stack:
     """A scanned-over input: what `scan` slices, and the slice as a value of the walk."""
 
-    def __init__(self, walk: Walk, value: Value):
+    def __init__(self, walk: AbstractWalk, value: Value):
         if isinstance(value, Perturbed) and len(value.axes[0]) > 1:
             value = walk.array(value)
         self.weight = value if isinstance(value, Perturbed) else None
@@ -85,17 +88,23 @@ class _Stack:
         return Perturbed(value, self.weight.axes[1:], factors)
 
 
-def _scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many constants a `scan` has, and how many carried values."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()  # JAX 0.12
     return len(consts), len(carry)
 
 
+def while_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many constants the condition of a `while_loop` has, and how many its body."""
+    return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+
 @rule("while", table=PROGRAMS)
-def _while(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+def _while(walk: AbstractWalk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
     cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    n_cond, n_body = while_counts(eqn)
     cond_consts, body_consts = invals[:n_cond], invals[n_cond : n_cond + n_body]
     init = [walk.array(v) for v in invals[n_cond + n_body :]]
 
@@ -118,7 +127,7 @@ def _while(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value
 
 
 @rule("cond", table=PROGRAMS)
-def _cond(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+def _cond(walk: AbstractWalk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
     index, *operands = invals
     branches = [
         lambda branch=branch: walk.arrays(branch.jaxpr, branch.consts, operands)

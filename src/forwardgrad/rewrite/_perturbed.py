@@ -200,14 +200,11 @@ def _multiply_two(x: Factor, y: Factor, keep: set[Label], **dot_options) -> Fact
         # Broadcasting fuses with whatever consumes the product; a dot would not.
         return Factor(_broadcast(x, labels) * _broadcast(y, labels), labels)
     letter = {label: i for i, label in enumerate(labels)}
-    array = jnp.einsum(
-        x.array,
-        [letter[label] for label in x.labels],
-        y.array,
-        [letter[label] for label in y.labels],
-        [letter[label] for label in kept],
-        **dot_options,
-    )
+    if x.labels[-1:] and x.labels[-1] in keep:
+        # A product is fastest as it stands if the summed axis is last on the left, else first.
+        x, y = y, x
+    operands = [z for f in (x, y) for z in (f.array, [letter[label] for label in f.labels])]
+    array = jnp.einsum(*operands, [letter[label] for label in kept], **dot_options)
     return Factor(array, kept)
 
 

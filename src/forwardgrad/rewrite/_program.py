@@ -9,9 +9,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Literal
 
+from forwardgrad._losses import Losses
 from forwardgrad.rewrite import _control, _rules  # noqa: F401  (they register their rules)
+from forwardgrad.rewrite._dependence import LATER, MARKED, PARAMETER, Dependence
+from forwardgrad.rewrite._examples import example_axes
+from forwardgrad.rewrite._layers import Hooks, LayerWalk, Noted, parameter
 from forwardgrad.rewrite._perturbed import (
     RANK,
     TANGENTS,
@@ -21,6 +25,7 @@ from forwardgrad.rewrite._perturbed import (
     multiply,
     placed_like,
 )
+from forwardgrad.rewrite._stages import Stage, after, stages
 from forwardgrad.rewrite._walk import Roles, Walk
 
 
@@ -44,11 +49,12 @@ Layout = tuple[FactorShape, ...]
 
 
 class Program:
-    """`fun(params) -> (value, aux)` as a jaxpr, to be evaluated with perturbed parameters.
+    """`fun(params) -> (losses, aux)` as a jaxpr, to be evaluated with perturbed parameters.
 
     **Arguments:**
 
-    - `fun`: a function of one pytree of arrays that returns a scalar and any auxiliary data.
+    - `fun`: a function of one pytree of arrays that returns a tree of losses and any auxiliary
+        data.
     - `params`: that pytree.
     """
 
@@ -57,36 +63,102 @@ class Program:
         structure = []
 
         def flat(leaves):
-            value, aux = fun(self.treedef.unflatten(leaves))
+            losses, aux = fun(self.treedef.unflatten(leaves))
+            terms, losses_treedef = jax.tree.flatten(losses)
             arrays, static = eqx.partition(aux, lambda leaf: isinstance(leaf, jax.Array))
             aux_leaves, aux_treedef = jax.tree.flatten(arrays)
-            structure.append((aux_treedef, static))
-            return value, aux_leaves
+            structure.append((losses_treedef, aux_treedef, static))
+            return terms, aux_leaves
 
-        self._closed: ClosedJaxpr = jax.make_jaxpr(flat)(self.leaves)
-        self._aux_treedef, self._static_aux = structure[-1]
+        closed = jax.make_jaxpr(flat)(self.leaves)
+        consts = [c if isinstance(c, jax.Array) else jnp.asarray(c) for c in closed.consts]
+        self._closed = ClosedJaxpr(closed.jaxpr, consts)
+        self._losses_treedef, self._aux_treedef, self._static_aux = structure[-1]
 
-    def evaluate(self, weights: Sequence[Any], walk: Walk) -> tuple[jax.Array, list[jax.Array]]:
-        """The function's value and the arrays among its auxiliary data."""
-        outs = walk.arrays(self._closed.jaxpr, self._closed.consts, weights)
-        value, *aux = [jnp.asarray(out) for out in outs]
-        return value, aux
+    def stage_by_stage(
+        self, run: Callable[[Stage, int, list[jax.Array]], tuple[Sequence[jax.Array], Any]]
+    ) -> tuple[list[jax.Array], list[jax.Array], list[Any]]:
+        """The program's outputs, by a function that evaluates a stage.
+
+        `run(stage, number, reads) -> (writes, results)` may differentiate within the stage. No
+        stage begins before the one before it has its results: memory is needed for one of them.
+
+        **Returns:**
+
+        The losses, one array a term; the arrays among the auxiliary data; each stage's results.
+        """
+        jaxpr = self._closed.jaxpr
+        env = dict(zip(jaxpr.constvars, self._closed.consts, strict=True))
+        everything: list[Any] = []
+        for number, stage in enumerate(self.stages):
+            reads = [env[v] for v in stage.reads]
+            if everything:
+                reads = after(everything[-1], reads)
+            writes, results = run(stage, number, reads)
+            env.update(zip(stage.writes, writes, strict=True))
+            everything.append(results)
+        outs = [jnp.asarray(v.val if isinstance(v, Literal) else env[v]) for v in jaxpr.outvars]
+        return outs[: self.terms], outs[self.terms :], everything
+
+    def with_hooks(
+        self, leaves: Sequence[jax.Array], key: jax.Array, hooks: Hooks
+    ) -> tuple[list[jax.Array], list[jax.Array], Noted]:
+        """The losses, the auxiliary data, and what the hooks were called with."""
+        walk = self.layer_walk(key, hooks)
+        outs = walk.arrays(self._closed.jaxpr, self._closed.consts, [parameter(a) for a in leaves])
+        arrays = [jnp.asarray(out) for out in outs]
+        return arrays[: self.terms], arrays[self.terms :], walk.noted
+
+    def layer_walk(self, key: jax.Array, hooks: Hooks) -> LayerWalk:
+        """A walk layer by layer, through the program or a stage of it."""
+        return LayerWalk(self._dependence, key, hooks, [0])
+
+    @functools.cached_property
+    def stages(self) -> list[Stage]:
+        """Its stages."""
+        return stages(self._closed.jaxpr, self._dependence)
+
+    def terms_of(self, stage: Stage) -> dict[int, int]:
+        """Where among a stage's `writes` which terms of the losses are."""
+        variables = self._closed.jaxpr.outvars[: self.terms]
+        return {i: stage.writes.index(v) for i, v in enumerate(variables) if v in stage.writes}
+
+    @functools.cached_property
+    def _dependence(self) -> Dependence:
+        jaxpr, dependence = self._closed.jaxpr, Dependence()
+        dependence.find_layers(jaxpr, [PARAMETER] * len(jaxpr.invars))
+        terms = [frozenset({i} if i < self.terms else ()) for i in range(len(jaxpr.outvars))]
+        dependence.trace(jaxpr, terms)
+        dependence.examples = example_axes(jaxpr, self._example_axes(len(jaxpr.outvars)))
+        return dependence
+
+    def _example_axes(self, outputs: int) -> Sequence[int | None]:
+        losses = self._losses_treedef.unflatten([None] * self.terms)
+        names = losses.axes if isinstance(losses, Losses) else ()
+        axes = [n.index("example") if "example" in n else None for n in names]
+        return [*axes, *[None] * (outputs - len(axes))]
+
+    @property
+    def terms(self) -> int:
+        """The number of terms that the losses have."""
+        return self._losses_treedef.num_leaves
+
+    def losses(self, terms: Sequence[jax.Array | None]) -> Any:
+        """The losses, as `fun` returned them; None in the place of one that is not known."""
+        return self._losses_treedef.unflatten(terms)
+
+    def influence(self) -> list[frozenset[int]]:
+        """For each parameter, the terms of the losses that it can change."""
+        return [self._dependence.of(v) - {LATER, MARKED} for v in self._closed.jaxpr.invars]
+
+    def of_last_layers(self) -> list[int]:
+        """The positions of the parameters that no layer comes after."""
+        terms = [self._dependence.of(v) for v in self._closed.jaxpr.invars]
+        return [i for i, t in enumerate(terms) if t and t.isdisjoint({LATER, MARKED})]
 
     def auxiliary(self, arrays: Sequence[jax.Array]) -> Any:
         """The auxiliary data, as `fun` returned it."""
         return eqx.combine(self._aux_treedef.unflatten(arrays), self._static_aux)
-
-    def perturb(self, layouts: Sequence[Layout], factors: Sequence[Sequence[jax.Array]]) -> list:
-        """The parameters with the tangents that `factors` make, one sequence a parameter.
-
-        A factor may have one axis more than its layout, in front: the terms of its tangent.
-        """
-        return [
-            perturbed(i, leaf, layout, arrays)
-            for i, (leaf, layout, arrays) in enumerate(
-                zip(self.leaves, layouts, factors, strict=True)
-            )
-        ]
 
     def layouts(self) -> list[Layout]:
         """A layout for each parameter, from what the program does with it.

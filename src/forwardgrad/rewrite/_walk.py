@@ -6,6 +6,7 @@ correct. Equations that hold programs of their own (`jit`, `scan`, `cond`, ...) 
 (`_control.py`).
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -23,7 +24,7 @@ Array: TypeAlias = Any
 Value: TypeAlias = Any
 """An array, or a `Perturbed` weight."""
 
-Rule: TypeAlias = Callable[["Walk", JaxprEqn, Sequence[Value]], "Sequence[Value] | None"]
+Rule: TypeAlias = Callable[[Any, JaxprEqn, Sequence[Value]], "Sequence[Value] | None"]
 """Evaluates one equation; None where it finds the weight in a place that it has no formula for."""
 
 READING_BOUND = 8
@@ -36,14 +37,14 @@ batch 64 some 8 % faster on a CPU; from batch 256 on there is nothing to gain.
 RULES: dict[str, Rule] = {}
 """Primitive name to rule, for the equations that a perturbed weight enters."""
 
-PROGRAMS: dict[str, Rule] = {}
+PROGRAMS: dict[str, Callable[[Any, JaxprEqn, Sequence[Value]], Sequence[Value]]] = {}
 """Primitive name to rule, for the equations that hold programs."""
 
 
-def rule(*names: str, table: dict[str, Rule] = RULES) -> Callable[[Rule], Rule]:
+def rule(*names: str, table: dict[str, Any] = RULES) -> Callable[[Any], Any]:
     """Register a rule under the names of its primitives."""
 
-    def register(fn: Rule) -> Rule:
+    def register(fn: Any) -> Any:
         table.update(dict.fromkeys(names, fn))
         return fn
 
@@ -58,9 +59,55 @@ class Roles:
     contracted: set[int] | None = None
 
 
+class AbstractWalk(abc.ABC):
+    """An evaluation of a program in which some values are not arrays yet."""
+
+    def __call__(self, jaxpr: Jaxpr, consts: Sequence[Value], args: Sequence[Value]) -> list[Value]:
+        """The outputs of `jaxpr`, which need not be arrays either."""
+        env: dict[Var, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Value:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            outs = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def arrays(self, jaxpr: Jaxpr, consts: Sequence[Value], args: Sequence[Value]) -> list[Array]:
+        """The outputs of `jaxpr`, as arrays."""
+        return [self.array(out) for out in self(jaxpr, consts, args)]
+
+    @abc.abstractmethod
+    def array(self, value: Value) -> Array:
+        """`value` as an array."""
+
+    @abc.abstractmethod
+    def equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+        """The outputs of one equation."""
+
+    @abc.abstractmethod
+    def iteration(self, i: jax.Array) -> "AbstractWalk":
+        """What evaluates the body of a loop in its i-th iteration."""
+
+    @property
+    def noted(self) -> Any:
+        """A tree of arrays that a walk leaves beside its outputs."""
+        return None
+
+    def note(self, stacked: Any) -> None:
+        """Take over `noted` of the iterations of a loop, stacked."""
+        del stacked
+
+    @abc.abstractmethod
+    def record(self, contracted: Sequence[Label] = (), stacked: Sequence[Label] = ()) -> None:
+        """Note what a rule does with the axes that the labels came from."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Walk:
-    """One evaluation of a program.
+class Walk(AbstractWalk):
+    """One evaluation of a program with perturbed weights.
 
     `eps` is the scalar that the program is differentiated by; `roles`, where given, collects
     how each parameter (by its position) is used. `single` says that there is one tangent, so that
@@ -70,23 +117,6 @@ class Walk:
     eps: jax.Array
     single: bool = False
     roles: dict[int, Roles] | None = None
-
-    def __call__(self, jaxpr: Jaxpr, consts: Sequence[Value], args: Sequence[Value]) -> list[Value]:
-        """The outputs of `jaxpr`, which are arrays or perturbed weights."""
-        env: dict[Var, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-
-        def read(atom: Any) -> Value:
-            return atom.val if isinstance(atom, Literal) else env[atom]
-
-        for eqn in jaxpr.eqns:
-            outs = self._equation(eqn, [read(atom) for atom in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def arrays(self, jaxpr: Jaxpr, consts: Sequence[Value], args: Sequence[Value]) -> list[Array]:
-        """The outputs of `jaxpr`, as arrays."""
-        return [self.array(out) for out in self(jaxpr, consts, args)]
 
     def array(self, value: Value) -> Array:
         """`value` as an array; the tangent of a perturbed weight is built."""
@@ -150,7 +180,12 @@ class Walk:
         for leaf in first:
             self.roles[leaf].contracted = {n.axis for n in contracted if n.leaf == leaf}
 
-    def _equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    def iteration(self, i: jax.Array) -> "Walk":
+        """The same walk."""
+        return self
+
+    def equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+        """The outputs of one equation, by its rule if a weight enters it."""
         name = eqn.primitive.name
         perturbed = any(isinstance(v, Perturbed) for v in invals)
         if name in PROGRAMS and (perturbed or holds_custom_vjp(eqn)):

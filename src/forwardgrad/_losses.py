@@ -1,0 +1,53 @@
+"""Losses that have not been added up."""
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from forwardgrad._errors import InputError
+
+
+class Losses(eqx.Module):
+    """Losses whose sum is the objective, and what each entry of them belongs to.
+
+    A function given to [`forwardgrad.value_and_grad`][] may return its losses like this instead of
+    adding them up. An exact gradient is that of the sum. A forward gradient has less variance: a
+    perturbation is multiplied by the change of those losses alone that it can influence.
+
+    **Arguments:**
+
+    - `terms`: arrays of any shapes.
+    - `axes`: for each term the names of its axes. `"example"` is found again in activations; other
+        names where activations are marked with them ([`forwardgrad.activation`][]).
+
+    **Raises:**
+
+    `InputError` if the names do not fit the terms.
+
+    >>> import forwardgrad as fg, jax.numpy as jnp
+    >>> losses = fg.Losses([jnp.array([0.5, 0.25])], [("example",)])
+    >>> print(losses.total())
+    0.75
+    """
+
+    terms: tuple[Float[Array, "..."], ...]
+    axes: tuple[tuple[str, ...], ...] = eqx.field(static=True)
+
+    def __init__(self, terms: Sequence[Array], axes: Sequence[Sequence[str]]):
+        self.terms = tuple(terms)
+        self.axes = tuple(tuple(names) for names in axes)
+
+    def __check_init__(self):
+        if [jnp.ndim(term) for term in self.terms] != [len(names) for names in self.axes]:
+            raise InputError(
+                f"axes (={self.axes}) must name every axis of every term, whose shapes are "
+                f"{', '.join(str(jnp.shape(term)) for term in self.terms)}"
+            )
+
+    def total(self) -> Float[Array, ""]:
+        """The sum of all entries of all terms."""
+        return functools.reduce(operator.add, [jnp.sum(term) for term in self.terms])

@@ -1,0 +1,96 @@
+"""Stages of a program: parts that no derivative connects, to be finished one after another."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Var
+
+from forwardgrad.rewrite._dependence import Dependence
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a program, with the parameters and what earlier stages computed as its inputs.
+
+    `jaxpr` takes the parameters at the positions `leaves`, then the variables `reads`; it returns
+    `writes`.
+    """
+
+    jaxpr: Jaxpr
+    leaves: tuple[int, ...]
+    reads: tuple[Var, ...]
+    writes: tuple[Var, ...]
+
+
+def stages(jaxpr: Jaxpr, dependence: Dependence) -> list[Stage]:
+    """A program cut wherever `stop_gradient` lets nothing through that derivatives depend on.
+
+    With greedy local losses, every block is a stage. All but one are then over, with everything
+    they keep for their gradients, while that one is at work.
+
+    **Arguments:**
+
+    - `jaxpr`: the program, whose inputs are its parameters.
+    - `dependence`: what depends on what in it.
+    """
+    bounds = [0, *_cuts(jaxpr, dependence), len(jaxpr.eqns)]
+    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
+    last_use |= {v: len(jaxpr.eqns) for v in _variables(jaxpr.outvars)}
+    parts = []
+    for start, stop in itertools.pairwise(bounds):
+        eqns = jaxpr.eqns[start:stop]
+        defined = list(dict.fromkeys(v for eqn in eqns for v in eqn.outvars))
+        writes = [v for v in defined if last_use.get(v, 0) >= stop]
+        used = dict.fromkeys(v for eqn in eqns for v in _variables(eqn.invars))
+        if stop == len(jaxpr.eqns):
+            writes += [v for v in jaxpr.invars if last_use.get(v) == stop]
+            used |= dict.fromkeys(writes)
+        leaves = [i for i, v in enumerate(jaxpr.invars) if v in used]
+        own = {*defined, *jaxpr.invars}
+        reads = [v for v in used if v not in own]
+        inputs = [*[jaxpr.invars[i] for i in leaves], *reads]
+        part = Jaxpr((), inputs, writes, eqns, jaxpr.effects, jaxpr.debug_info)
+        parts.append(Stage(part, tuple(leaves), tuple(reads), tuple(writes)))
+    return parts
+
+
+def _cuts(jaxpr: Jaxpr, dependence: Dependence) -> list[int]:
+    """The positions of the `stop_gradient` equations that no derivative passes by."""
+    moving = dict.fromkeys(jaxpr.invars, -1)
+    crossed: set[int] = set()
+    candidates = []
+    for i, eqn in enumerate(jaxpr.eqns):
+        inputs = [v for v in _variables(eqn.invars) if v in moving]
+        if eqn.primitive.name == "stop_gradient":
+            candidates += [i] if inputs else []
+            continue
+        if inputs:
+            moving.update(dict.fromkeys(eqn.outvars, i))
+        if any(dependence.of(v) for v in eqn.outvars):
+            for v in inputs:
+                crossed.update(range(moving[v] + 1, i + 1) if v not in jaxpr.invars else ())
+    return [i for i in candidates if i not in crossed and i - 1 not in candidates and i > 0]
+
+
+def _variables(atoms: Iterable[object]) -> list[Var]:
+    return [atom for atom in atoms if isinstance(atom, Var)]
+
+
+def after(results: Any, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """`arrays`, but for XLA not to be had before `results`.
+
+    It adds a zero that is computed from them. An `optimization_barrier` is gone when XLA decides
+    what to do first.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(results) if leaf.size]
+    if not leaves:
+        return list(arrays)
+    one_of_each = sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves)
+    bits = jax.lax.bitcast_convert_type(one_of_each, jnp.int32)
+    zero = jnp.minimum(jnp.maximum(bits, 0), 0)
+    numbers = [jnp.issubdtype(a.dtype, jnp.number) for a in arrays]
+    return [a + zero.astype(a.dtype) if n else a for a, n in zip(arrays, numbers, strict=True)]
