@@ -29,6 +29,10 @@ ESTIMATORS: dict[str, fg.AbstractEstimator] = {
         structure="dense", distribution="sphere", tangents=2
     ),
     "weight perturbation, clipped": fg.WeightPerturbation(clip=0.5),
+    "weight perturbation, last layers exact": fg.WeightPerturbation(exact_last=True),
+    "activity perturbation": fg.ActivityPerturbation(),
+    "activity perturbation, four tangents": fg.ActivityPerturbation(tangents=4),
+    "feedback alignment": fg.FeedbackAlignment(),
 }
 
 
@@ -163,7 +167,8 @@ def directional(
     factors = estimator._factors(key, program.leaves, chosen)
     if keep is not None:
         factors = [[a[np.array(keep)] for a in arrays] for arrays in factors]
-    value, derivatives, _ = directional_derivatives(program, chosen, factors)
+    (value,), derivatives, *_ = directional_derivatives(program, chosen, dict(enumerate(factors)))
+    derivatives = derivatives[:, 0]
     if not tangents:
         return Directional(value, derivatives, None)
     built = [

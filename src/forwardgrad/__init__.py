@@ -3,17 +3,27 @@
 import importlib.metadata
 
 from forwardgrad._errors import InputError as InputError
+from forwardgrad._losses import Losses as Losses
 from forwardgrad._value_and_grad import value_and_grad as value_and_grad
 from forwardgrad.estimators import AbstractEstimator as AbstractEstimator
+from forwardgrad.estimators import ActivityPerturbation as ActivityPerturbation
 from forwardgrad.estimators import Backpropagation as Backpropagation
+from forwardgrad.estimators import DirectFeedbackAlignment as DirectFeedbackAlignment
+from forwardgrad.estimators import FeedbackAlignment as FeedbackAlignment
 from forwardgrad.estimators import WeightPerturbation as WeightPerturbation
+from forwardgrad.rewrite import activation as activation
 
 __version__ = importlib.metadata.version("forwardgrad")
 
 __all__ = [
     "AbstractEstimator",
+    "ActivityPerturbation",
     "Backpropagation",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
     "InputError",
+    "Losses",
     "WeightPerturbation",
+    "activation",
     "value_and_grad",
 ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from forwardgrad._errors import InputError
+from forwardgrad._losses import Losses
 from forwardgrad.estimators import AbstractEstimator
 
 
@@ -24,9 +25,9 @@ def value_and_grad(
 
     **Arguments:**
 
-    - `fun`: a function `fun(params, *args, **kwargs)` that returns a real scalar, or with
-        `has_aux` a pair of one and anything else. `params` is a pytree of floating-point arrays;
-        the other arguments may be anything.
+    - `fun`: a function `fun(params, *args, **kwargs)` that returns a real scalar, or
+        [`forwardgrad.Losses`][] that add up to one, or with `has_aux` a pair of either and anything
+        else. `params` is a pytree of floating-point arrays; the other arguments may be anything.
     - `estimator`: for instance [`forwardgrad.WeightPerturbation`][].
     - `has_aux`: whether `fun` returns auxiliary data beside its value.
 
@@ -72,7 +73,7 @@ def value_and_grad(
         def closed(params):
             out = fun(params, *args, **kwargs)
             value, aux = _pair(out) if has_aux else (out, None)
-            return _checked_value(value), aux
+            return _as_losses(value), aux
 
         (value, aux), grads = estimator.value_and_grad(closed, params, key)
         return ((value, aux) if has_aux else value), grads
@@ -107,6 +108,15 @@ def _pair(out: Any) -> tuple[Any, Any]:
             f"fun must return a pair (value, aux) with has_aux=True, got a {type(out).__name__}"
         )
     return out
+
+
+def _as_losses(value: Any) -> Losses:
+    if not isinstance(value, Losses):
+        return Losses([_checked_value(value)], [()])
+    for term in value.terms:
+        if not jnp.issubdtype(jnp.result_type(term), jnp.floating):
+            raise InputError(f"the terms of Losses must be real, got one of dtype {term.dtype}")
+    return value
 
 
 def _checked_value(value: Any) -> Array:

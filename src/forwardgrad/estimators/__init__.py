@@ -1,7 +1,21 @@
 """How credit reaches the weights: exact gradients and estimates of them."""
 
+from forwardgrad.estimators._activity_perturbation import (
+    ActivityPerturbation as ActivityPerturbation,
+)
 from forwardgrad.estimators._backpropagation import Backpropagation as Backpropagation
 from forwardgrad.estimators._base import AbstractEstimator as AbstractEstimator
+from forwardgrad.estimators._direct_feedback_alignment import (
+    DirectFeedbackAlignment as DirectFeedbackAlignment,
+)
+from forwardgrad.estimators._feedback_alignment import FeedbackAlignment as FeedbackAlignment
 from forwardgrad.estimators._weight_perturbation import WeightPerturbation as WeightPerturbation
 
-__all__ = ["AbstractEstimator", "Backpropagation", "WeightPerturbation"]
+__all__ = [
+    "AbstractEstimator",
+    "ActivityPerturbation",
+    "Backpropagation",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
+    "WeightPerturbation",
+]

@@ -36,4 +36,9 @@ class Backpropagation(AbstractEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value and its exact gradient."""
         del key
-        return jax.value_and_grad(fun, has_aux=True)(params)
+
+        def total(params):
+            losses, aux = fun(params)
+            return losses.total(), aux
+
+        return jax.value_and_grad(total, has_aux=True)(params)

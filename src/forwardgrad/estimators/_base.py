@@ -7,8 +7,10 @@ from typing import Any, TypeAlias
 import equinox as eqx
 from jaxtyping import Array, Float, Key, PyTree
 
-Objective: TypeAlias = Callable[[PyTree], tuple[Float[Array, ""], Any]]
-"""A function of the parameters alone that returns a scalar and auxiliary data."""
+from forwardgrad._losses import Losses
+
+Objective: TypeAlias = Callable[[PyTree], tuple[Losses, Any]]
+"""A function of the parameters alone that returns losses and auxiliary data."""
 
 
 class AbstractEstimator(eqx.Module):
@@ -32,7 +34,8 @@ class AbstractEstimator(eqx.Module):
 
         **Arguments:**
 
-        - `fun`: returns `(value, aux)` for one argument, the parameters.
+        - `fun`: returns `(losses, aux)` for one argument, the parameters; the objective is the
+            losses' total.
         - `params`: a pytree of inexact arrays.
         - `key`: a random key; None where `needs_key` is False.
 

@@ -14,8 +14,10 @@ Distribution: TypeAlias = Literal["rademacher", "normal", "sphere"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
 
 
-def rademacher(key: Key[Array, ""], shape: Sequence[int]) -> Float[Array, "..."]:
-    """Independent signs, -1 or 1 with equal probability.
+def rademacher(
+    key: Key[Array, ""], shape: Sequence[int], scale: Float[Array, "..."] | float = 1.0
+) -> Float[Array, "..."]:
+    """Independent signs, -1 or 1 with equal probability, times `scale`.
 
     One random 32-bit word makes 32 of them, which is some thirty times faster than a word each.
 
@@ -23,15 +25,16 @@ def rademacher(key: Key[Array, ""], shape: Sequence[int]) -> Float[Array, "..."]
 
     - `key`: a random key.
     - `shape`: the shape of the result.
+    - `scale`: in a shape that broadcasts to it.
 
     **Returns:**
 
-    A float32 array of that shape.
+    An array of that shape.
     """
     size = math.prod(shape)
     words = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
-    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return (1.0 - 2.0 * bits.astype(jnp.float32)).reshape(-1)[:size].reshape(shape)
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return jnp.where((bits == 1).reshape(-1)[:size].reshape(shape), -scale, scale)
 
 
 def draw_dense(
@@ -73,6 +76,19 @@ def draw_small(
         flat[:, start:stop].reshape(count, *shape)
         for start, stop, shape in zip(bounds, bounds[1:], shapes, strict=False)
     ]
+
+
+def draw(
+    key: Key[Array, ""],
+    shape: Sequence[int],
+    distribution: Distribution,
+    scale: Float[Array, "..."] | float = 1.0,
+) -> Float[Array, "..."]:
+    """One array of independent entries, or a vector on the sphere, times `scale`."""
+    if distribution == "rademacher":
+        return rademacher(key, shape, scale)
+    z = jax.random.normal(key, tuple(shape))
+    return scale * (to_sphere(z, range(z.ndim)) if distribution == "sphere" else z)
 
 
 def _sampler(distribution: Distribution) -> Callable[..., Array]:

@@ -1,0 +1,177 @@
+"""FA and DFA, against formulas written by hand; the feedback weights are solved for."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import forwardgrad as fg
+from forwardgrad.networks import LocalMixer, Size
+from forwardgrad.objectives import GlobalLoss, LocalLoss
+
+HIDDEN, CLASSES, BATCH = 40, 3, 12
+
+
+def data(seed):
+    x = jax.random.normal(jax.random.key(seed), (BATCH, 6))
+    return np.asarray(x), np.asarray(jax.random.normal(jax.random.key(seed + 1), (BATCH, CLASSES)))
+
+
+def weights(seed):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    shapes = {"first": (6, HIDDEN), "last": (HIDDEN, CLASSES)}
+    made = {
+        name: 0.4 * jax.random.normal(k, s)
+        for k, (name, s) in zip(keys, shapes.items(), strict=True)
+    }
+    return {**made, "bias": 0.1 * jnp.arange(HIDDEN, dtype=jnp.float32)}
+
+
+def gradients(estimator, w, x, y):
+    def fun(w):
+        out = jnp.tanh(x @ w["first"] + w["bias"]) @ w["last"]
+        return fg.Losses([0.5 * jnp.sum((out - y) ** 2, axis=1)], [("example",)])
+
+    (value, grads) = fg.value_and_grad(fun, estimator)(w)
+    np.testing.assert_allclose(value, fun(w).total(), rtol=1e-6)
+    return {k: np.asarray(g, float) for k, g in grads.items()}
+
+
+def by_hand(w, x, y, feedback):
+    """Two layers, with `feedback` [hidden, classes] in the place of the last weight."""
+    h = np.tanh(x @ w["first"] + w["bias"])
+    error = h @ w["last"] - y
+    delta = (error @ feedback.T) * (1 - h**2)
+    return {"first": x.T @ delta, "bias": delta.sum(0), "last": h.T @ error}
+
+
+def solved(estimator):
+    """The feedback weights, from the gradients that they explain."""
+    rows, targets = [], []
+    for seed in range(4):
+        (x, y), w = data(seed), weights(seed)
+        h = np.tanh(x @ w["first"] + w["bias"])
+        error = h @ w["last"] - y
+        rows.append(np.einsum("bi,bc,bh->hic", x, error, 1 - h**2))
+        targets.append(gradients(estimator, w, x, y)["first"].T)
+    rows, targets = np.concatenate(rows, 1), np.concatenate(targets, 1)
+    return np.stack(
+        [np.linalg.lstsq(r, t, rcond=None)[0] for r, t in zip(rows, targets, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("kind", [fg.FeedbackAlignment, fg.DirectFeedbackAlignment])
+def test_the_gradient_is_its_formula(kind):
+    feedback = solved(kind())
+    for seed in (10, 11):
+        (x, y), w = data(seed), weights(seed)
+        expected = by_hand(w, x, y, feedback)
+        for name, grad in gradients(kind(), w, x, y).items():
+            np.testing.assert_allclose(grad, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_feedback_weights_have_the_scale_of_initial_ones():
+    feedback = solved(fg.FeedbackAlignment())
+    # A relative standard error of a variance of n normal numbers is sqrt(2 / n).
+    assert abs(feedback.var() * HIDDEN / 2 - 1) < 4 * np.sqrt(2 / feedback.size)
+    np.testing.assert_allclose(
+        solved(fg.FeedbackAlignment(gain=8.0)), 2 * feedback, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_direct_feedback_is_of_signs():
+    feedback = solved(fg.DirectFeedbackAlignment())
+    np.testing.assert_allclose(abs(feedback), np.sqrt(2 / HIDDEN), rtol=1e-3)
+    assert 0.3 < np.mean(feedback > 0) < 0.7
+
+
+@pytest.mark.parametrize("kind", [fg.FeedbackAlignment, fg.DirectFeedbackAlignment])
+def test_the_seed_decides_the_feedback(kind):
+    (x, y), w = data(0), weights(0)
+    one, same, other = (gradients(kind(seed=s), w, x, y)["first"] for s in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert not np.allclose(one, other)
+
+
+def test_the_output_weights_do_not_matter_for_what_comes_back():
+    """With zero output weights backpropagation has nothing for the first layer."""
+    (x, y), w = data(0), {**weights(0), "last": jnp.zeros((HIDDEN, CLASSES))}
+    assert not np.any(gradients(fg.Backpropagation(), w, x, y)["first"])
+    assert np.all(gradients(fg.FeedbackAlignment(), w, x, y)["first"])
+    assert np.all(gradients(fg.DirectFeedbackAlignment(), w, x, y)["first"])
+
+
+def test_convolutions_have_feedback_too():
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
+    w = {
+        "kernels": [jax.random.normal(jax.random.key(i), (3, 3, 2, 2)) for i in (1, 2)],
+        "last": jnp.ones((72, 2)),
+    }
+
+    def fun(w):
+        h = x
+        for kernel in w["kernels"]:
+            h = jax.lax.conv_general_dilated(
+                h, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            h = jnp.tanh(h)
+        return jnp.sum((h.reshape(4, -1) @ w["last"]) ** 2)
+
+    _, exact = fg.value_and_grad(fun, fg.Backpropagation())(w)
+    _, grads = fg.value_and_grad(fun, fg.FeedbackAlignment())(w)
+    np.testing.assert_allclose(grads["last"], exact["last"], rtol=1e-4)
+    assert not np.allclose(grads["kernels"][1], exact["kernels"][1], rtol=0.1)
+
+
+def test_greedy_blocks_learn_from_their_own_head_alone():
+    """FA with a loss in every block: the last layers stay exact."""
+    network = LocalMixer((4, 4, 1), Size(8, 2, 2, 2), 3, key=jax.random.key(0))
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    images = jax.random.normal(jax.random.key(1), (5, 4, 4, 1))
+    labels = jnp.array([0, 1, 2, 0, 1])
+
+    def fun(params):
+        return LocalLoss()(eqx.combine(params, static), images, labels)[0]
+
+    _, exact = fg.value_and_grad(fun, fg.Backpropagation())(params)
+    _, grads = fg.value_and_grad(fun, fg.FeedbackAlignment())(params)
+    for name in ("heads", "classifier"):
+        same = jax.tree.map(
+            lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-6),
+            getattr(exact, name),
+            getattr(grads, name),
+        )
+        assert all(jax.tree.leaves(same))
+    assert not np.allclose(exact.blocks[0].channel_weight, grads.blocks[0].channel_weight)
+
+
+def test_bad_input():
+    def fails(match):
+        return pytest.raises(fg.InputError, match=match)
+
+    (x, _), w = data(0), weights(0)
+    for kind in (fg.FeedbackAlignment, fg.DirectFeedbackAlignment):
+        with fails("gain must be positive, got 0"):
+            kind(gain=0.0)
+    direct = fg.DirectFeedbackAlignment()
+    with fails("DirectFeedbackAlignment needs a loss for every example"):
+        fg.value_and_grad(lambda w: jnp.sum(jnp.tanh(x @ w["first"]) @ w["last"]), direct)(w)
+    with fails("DirectFeedbackAlignment needs one output layer, got 0"):
+        fg.value_and_grad(lambda w: jnp.sum(w["last"] ** 2), direct)(w)
+    network = LocalMixer((4, 4, 1), Size(8, 2, 2, 2), 3, key=jax.random.key(0))
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    images = jnp.ones((2, 4, 4, 1))
+    for objective, match in (
+        (GlobalLoss(), None),
+        (LocalLoss(), "needs one output layer, got 3; with local losses every block has one"),
+    ):
+
+        def fun(params, objective=objective):
+            return objective(eqx.combine(params, static), images, jnp.array([0, 1]))[0]
+
+        if match is None:
+            fg.value_and_grad(fun, direct)(params)
+        else:
+            with fails(match):
+                fg.value_and_grad(fun, direct)(params)
