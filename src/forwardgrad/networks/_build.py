@@ -2,14 +2,15 @@
 
 import math
 
-import equinox as eqx
 from jaxtyping import Array, Key
 
 from forwardgrad._errors import InputError, unknown_name
+from forwardgrad.networks._base import AbstractNetwork
 from forwardgrad.networks._cnn import CNN
+from forwardgrad.networks._local_mixer import SIZES, LocalMixer
 from forwardgrad.networks._mlp import MLP
 
-NAMES: tuple[str, ...] = ("logreg", "mlp", "cnn")
+NAMES: tuple[str, ...] = ("logreg", "mlp", "cnn", *SIZES)
 """The networks there are."""
 
 WIDTH = 1024
@@ -24,17 +25,20 @@ def build(
     key: Key[Array, ""],
     width: int | None = None,
     depth: int | None = None,
-) -> eqx.Module:
+    heads: bool = False,
+) -> AbstractNetwork:
     """A network with random weights.
 
     **Arguments:**
 
-    - `name`: `"logreg"`, `"mlp"` or `"cnn"`.
+    - `name`: `"logreg"`, `"mlp"`, `"cnn"`, or a LocalMixer by its size, patches along a side and
+        groups, such as `"m/8/16"`.
     - `image_shape`: height, width and channels of an image.
     - `classes`: the number of outputs.
     - `key`: a random key.
     - `width`: units of the hidden linear layers (`mlp`, `cnn`). Default: 1024.
     - `depth`: number of hidden layers (`mlp`). Default: 2.
+    - `heads`: whether blocks get heads for losses of their own. A LocalMixer always has them.
 
     **Returns:**
 
@@ -53,16 +57,19 @@ def build(
     if name not in NAMES:
         raise unknown_name("network", name, NAMES)
     _check_sizes(name, width, depth)
+    if name in SIZES:
+        return LocalMixer(image_shape, SIZES[name], classes, key=key)
     width = WIDTH if width is None else width
     depth = DEPTH if depth is None else depth
     if name == "cnn":
-        return CNN(image_shape, width, classes, key=key)
-    return MLP(math.prod(image_shape), width, 0 if name == "logreg" else depth, classes, key=key)
+        return CNN(image_shape, width, classes, key=key, heads=heads)
+    depth = 0 if name == "logreg" else depth
+    return MLP(math.prod(image_shape), width, depth, classes, key=key, heads=heads)
 
 
 def _check_sizes(name: str, width: int | None, depth: int | None) -> None:
-    if width is not None and name == "logreg":
-        raise InputError(f"width (={width}) is not a setting of network 'logreg'")
+    if width is not None and name not in ("mlp", "cnn"):
+        raise InputError(f"width (={width}) is not a setting of network {name!r}")
     if depth is not None and name != "mlp":
         raise InputError(f"depth (={depth}) is not a setting of network {name!r}, only of 'mlp'")
     if width is not None and width < 1:

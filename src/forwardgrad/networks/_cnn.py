@@ -5,24 +5,57 @@ import jax
 from jaxtyping import Array, Float, Key
 
 from forwardgrad._errors import InputError
-from forwardgrad.networks._layers import Conv3x3, Linear, max_pool
-from forwardgrad.networks._mlp import LAST_GAIN
+from forwardgrad.networks._base import AbstractNetwork, Features
+from forwardgrad.networks._layers import (
+    LAST_GAIN,
+    Conv3x3,
+    Linear,
+    make_heads,
+    max_pool,
+    units_first,
+)
+from forwardgrad.networks._mlp import Dense
 
 CHANNELS = 64
 
 
-class CNN(eqx.Module):
+class Convolution(eqx.Module):
+    """A 3x3 convolution and a ReLU, and where asked for the maximum of each 2x2 square."""
+
+    convolution: Conv3x3
+    pools: bool = eqx.field(static=True)
+
+    def __init__(self, inputs: int, pools: bool, *, key: Key[Array, ""]):
+        self.convolution = Conv3x3(inputs, CHANNELS, key=key)
+        self.pools = pools
+
+    def __call__(
+        self, x: Float[Array, "batch height width inputs"]
+    ) -> Float[Array, "batch new_height new_width channels"]:
+        x = jax.nn.relu(self.convolution(x))
+        return max_pool(x) if self.pools else x
+
+
+class CNN(AbstractNetwork):
     """Four 3x3 convolutions of 64 channels, a 2x2 maximum after every second, two linear layers.
 
     All but the last layer are followed by a ReLU (Baydin et al. 2022, Section 5.4).
     """
 
-    convolutions: list[Conv3x3]
-    hidden: Linear
-    last: Linear
+    blocks: list[Convolution | Dense]
+    heads: list[Linear] | None
+    classifier: Linear
+    groups: int = eqx.field(static=True)
 
     def __init__(
-        self, image_shape: tuple[int, int, int], width: int, classes: int, *, key: Key[Array, ""]
+        self,
+        image_shape: tuple[int, int, int],
+        width: int,
+        classes: int,
+        *,
+        key: Key[Array, ""],
+        heads: bool = False,
+        groups: int = 1,
     ):
         height, breadth, channels = image_shape
         if min(height, breadth) < 4:
@@ -32,17 +65,24 @@ class CNN(eqx.Module):
             )
         *keys, hidden_key, last_key = jax.random.split(key, 6)
         inputs = [channels, CHANNELS, CHANNELS, CHANNELS]
-        self.convolutions = [Conv3x3(m, CHANNELS, key=k) for m, k in zip(inputs, keys, strict=True)]
-        features = (height // 2 // 2) * (breadth // 2 // 2) * CHANNELS
-        self.hidden = Linear(features, width, key=hidden_key)
-        self.last = Linear(width, classes, key=last_key, gain=LAST_GAIN)
+        flat = (height // 2 // 2) * (breadth // 2 // 2) * CHANNELS
+        self.blocks = [
+            *[
+                Convolution(m, pools=i % 2 == 1, key=k)
+                for i, (m, k) in enumerate(zip(inputs, keys, strict=True))
+            ],
+            Dense(flat, width, key=hidden_key),
+        ]
+        self.classifier = Linear(width, classes, key=last_key, gain=LAST_GAIN)
+        self.heads = make_heads([*[CHANNELS] * 4, width], classes, key=key) if heads else None
+        self.groups = groups
 
-    def __call__(
+    def embed(
         self, images: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch classes"]:
-        x = images
-        for i, convolution in enumerate(self.convolutions):
-            x = jax.nn.relu(convolution(x))
-            if i % 2 == 1:
-                x = max_pool(x)
-        return self.last(jax.nn.relu(self.hidden(x.reshape(x.shape[0], -1))))
+    ) -> Float[Array, "batch height width channels"]:
+        """The images."""
+        return images
+
+    def features(self, x: Float[Array, "batch *patches units"]) -> Features:
+        """The channels, with every pixel a patch; or the units, in one."""
+        return units_first(x)

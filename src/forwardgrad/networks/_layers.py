@@ -1,21 +1,26 @@
 """Layers that the networks share: weights [in, out], images [batch, height, width, channels]."""
 
 import math
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+LAST_GAIN = 0.02
+"""Variance gain of an output layer: a network that starts undecided has a small first loss, and
+so a small gradient, which is what the noise of a forward gradient is proportional to."""
+
 
 def he_normal(
-    key: Key[Array, ""], shape: tuple[int, ...], gain: float = 2.0
+    key: Key[Array, ""], shape: tuple[int, ...], gain: float = 2.0, fan_in: int | None = None
 ) -> Float[Array, "..."]:
-    """Normal weights of variance `gain / fan_in`, the fan-in being all axes but the last.
+    """Normal weights of variance `gain / fan_in`, the fan-in by default all axes but the last.
 
     The default keeps the scale of activations through a ReLU (He et al. 2015).
     """
-    return jax.random.normal(key, shape) * math.sqrt(gain / math.prod(shape[:-1]))
+    return jax.random.normal(key, shape) * math.sqrt(gain / (fan_in or math.prod(shape[:-1])))
 
 
 class Linear(eqx.Module):
@@ -58,3 +63,14 @@ def max_pool(
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+
+def units_first(x: Float[Array, "batch *patches units"]) -> Float[Array, "units batch all_patches"]:
+    """Units first and patches last, whatever number of axes those have."""
+    return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(2, 0, 1)
+
+
+def make_heads(units: Sequence[int], classes: int, *, key: Key[Array, ""]) -> list[Linear]:
+    """A linear layer for each block, from the number of its units to that of classes."""
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(units))
+    return [Linear(n, classes, key=k, gain=LAST_GAIN) for n, k in zip(units, keys, strict=True)]

@@ -1,41 +1,58 @@
 """Fully connected networks."""
 
-import math
-
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Key
 
-from forwardgrad.networks._layers import Linear
-
-LAST_GAIN = 0.02
-"""Variance gain of the output layer: a network that starts undecided has a small first loss, and
-so a small gradient, which is what the noise of a forward gradient is proportional to."""
+from forwardgrad.networks._base import AbstractNetwork, Features
+from forwardgrad.networks._layers import LAST_GAIN, Linear, make_heads, units_first
 
 
-class MLP(eqx.Module):
+class Dense(eqx.Module):
+    """A linear layer on everything that an example has, and a ReLU."""
+
+    linear: Linear
+
+    def __init__(self, inputs: int, outputs: int, *, key: Key[Array, ""]):
+        self.linear = Linear(inputs, outputs, key=key)
+
+    def __call__(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch outputs"]:
+        return jax.nn.relu(self.linear(x.reshape(x.shape[0], -1)))
+
+
+class MLP(AbstractNetwork):
     """Fully connected layers with ReLU between them; none hidden is logistic regression.
 
     The paper's network is 784-1024-1024-10 (Baydin et al. 2022, Section 5.3).
     """
 
-    layers: list[Linear]
+    blocks: list[Dense]
+    heads: list[Linear] | None
+    classifier: Linear
+    groups: int = eqx.field(static=True)
 
-    def __init__(self, inputs: int, width: int, depth: int, outputs: int, *, key: Key[Array, ""]):
-        sizes = [inputs, *[width] * depth, outputs]
-        gains = [*[2.0] * depth, LAST_GAIN]
-        self.layers = [
-            Linear(m, n, key=k, gain=gain)
-            for m, n, k, gain in zip(
-                sizes, sizes[1:], jax.random.split(key, depth + 1), gains, strict=False
-            )
-        ]
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        depth: int,
+        outputs: int,
+        *,
+        key: Key[Array, ""],
+        heads: bool = False,
+        groups: int = 1,
+    ):
+        *keys, last_key = jax.random.split(key, depth + 1)
+        sizes = [inputs, *[width] * depth]
+        self.blocks = [Dense(m, n, key=k) for m, n, k in zip(sizes, sizes[1:], keys, strict=False)]
+        self.classifier = Linear(sizes[-1], outputs, key=last_key, gain=LAST_GAIN)
+        self.heads = make_heads(sizes[1:], outputs, key=key) if heads else None
+        self.groups = groups
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch classes"]:
-        x = images.reshape(images.shape[0], math.prod(images.shape[1:]))
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = jax.nn.relu(layer(x))
-        return last(x)
+    def embed(self, images: Float[Array, "batch height width channels"]) -> Array:
+        """All pixels of an image."""
+        return images.reshape(images.shape[0], -1)
+
+    def features(self, x: Float[Array, "batch units"]) -> Features:
+        """The units, in one patch."""
+        return units_first(x)

@@ -1,26 +1,32 @@
 """One loss at the network's end."""
 
-import equinox as eqx
-import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
+from forwardgrad._losses import Losses
+from forwardgrad.networks import AbstractNetwork
+from forwardgrad.objectives._base import AbstractObjective
+from forwardgrad.objectives._cross_entropy import cross_entropy, wrong
 
-class GlobalLoss(eqx.Module):
+
+class GlobalLoss(AbstractObjective):
     r"""Mean softmax cross-entropy of the network's output.
 
     $$L = -\frac1B \sum_b \log \operatorname{softmax}(z_b)_{y_b}$$
-
-    Called as `objective(network, images, labels)`.
     """
+
+    @property
+    def needs_heads(self) -> bool:
+        """False."""
+        return False
 
     def __call__(
         self,
-        network: eqx.Module,
+        network: AbstractNetwork,
         images: Float[Array, "batch height width channels"],
         labels: Int[Array, " batch"],
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The loss, and `{"errors": the number of wrong predictions}`."""
-        logits = network(images)  # pyright: ignore[reportCallIssue]
-        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-        return loss, {"errors": jnp.sum(jnp.argmax(logits, axis=-1) != labels)}
+    ) -> tuple[Losses, dict[str, Array]]:
+        """The loss of every example, and the number of wrong predictions."""
+        logits = network(images)
+        return Losses([cross_entropy(logits, labels)], [("example",)]), {
+            "errors": wrong(logits, labels)
+        }

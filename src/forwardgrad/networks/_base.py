@@ -1,0 +1,54 @@
+"""What a network offers: blocks, a classifier, and heads where blocks have losses of their own."""
+
+import abc
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from forwardgrad.networks._layers import Linear
+
+Features = Float[Array, "units batch patches"]
+"""What heads and the classifier see: units first, in groups of equal size, and patches last."""
+
+
+def copy_axes(block: int) -> tuple[str, str]:
+    """What the axes of a block's groups and patches are called, in its activations and losses.
+
+    Every block has names of its own, because the blocks after it mix its groups and patches.
+    """
+    return f"group {block}", f"patch {block}"
+
+
+class AbstractNetwork(eqx.Module):
+    """Blocks one after another, and a linear classifier on the last one's features.
+
+    A network whose blocks have losses of their own has a head, a linear layer too, for each.
+    """
+
+    blocks: eqx.AbstractVar[list[Callable[[Array], Array]]]
+    heads: eqx.AbstractVar[list[Linear] | None]
+    classifier: eqx.AbstractVar[Linear]
+    groups: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def embed(self, images: Float[Array, "batch height width channels"]) -> Array:
+        """The first block's input."""
+
+    @abc.abstractmethod
+    def features(self, x: Array) -> Features:
+        """A block's output (or the first one's input) by units, examples and patches."""
+
+    def classify(self, x: Array) -> Float[Array, "batch classes"]:
+        """The logits for the last block's output: a linear layer on its mean over patches."""
+        return self.classifier(jnp.mean(self.features(x), axis=2).T)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch classes"]:
+        """The logits."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x)
