@@ -105,7 +105,7 @@ def test_the_module_is_the_command():
     )
     assert done.returncode == 2
     assert done.stderr == "error: network 'mpl' is unknown; did you mean 'mlp'? " \
-        "(known: cnn, logreg, mlp)\n"  # fmt: skip
+        "(known: cnn, l/32/64, l/8/64, logreg, m/1/16, m/8/16, mlp, s/1/1)\n"  # fmt: skip
 
 
 # Bad input
@@ -138,7 +138,8 @@ def test_options_that_cannot_be_read(command, line, match):
         ("--dataset digit", "dataset 'digit' is unknown; did you mean 'digits'"),
         ("--network cn", "network 'cn' is unknown; did you mean 'cnn'"),
         ("--algorithm fgw", "algorithm 'fgw' is unknown; did you mean 'fg-w'"),
-        ("--algorithm fg-a", "algorithm 'fg-a' is not available yet"),
+        ("--algorithm lg-dfa", "algorithm 'lg-dfa' is not defined: "),
+        ("--algorithm lg-fg-a --network logreg", "local losses need a network with blocks"),
         ("--batch-size 5000", "batch_size (=5000) is larger than the training set"),
         ("--data-dir nowhere --dataset mnist", "data_dir nowhere is not a folder"),
         ("--algorithm fg-w --structure dense --rank 2", "rank must be 1 for structure 'dense'"),
@@ -146,6 +147,13 @@ def test_options_that_cannot_be_read(command, line, match):
 )
 def test_settings_that_cannot_be_used(refused, options, match):
     assert match in refused(f"train {QUICK} {options}")
+    assert not Path("runs").exists()
+
+
+def test_patches_must_divide_the_image(refused):
+    write_pair(Path("data/set"))
+    line = "train --dataset set --data-dir data --network m/8/16 --algorithm lg-fg-a --batch-size 2"
+    assert "patches (=8 along a side) must divide the images' height and width" in refused(line)
     assert not Path("runs").exists()
 
 

@@ -2,12 +2,15 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 import forwardgrad as fg
+from forwardgrad.networks import LocalMixer, Size
+from forwardgrad.objectives import GlobalLoss, LocalLoss
 
 WIDTH = 1024
 BATCH = 512
@@ -51,6 +54,31 @@ def temp(*args) -> int:
     return compiled(*args).memory_analysis().temp_size_in_bytes
 
 
+@functools.cache
+def mixer_temp(name: str, blocks: int) -> int:
+    """Temporary memory of an algorithm's step on a LocalMixer, SGD included."""
+    network = LocalMixer((32, 32, 3), Size(256, 8, 16, blocks), 10, key=jax.random.key(0))
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    images, labels = jnp.zeros((64, 32, 32, 3)), jnp.zeros(64, int)
+    objective, estimator = ALGORITHMS[name]
+
+    def step(params, key):
+        def losses(params):
+            return objective(eqx.combine(params, static), images, labels)[0]
+
+        value, grads = fg.value_and_grad(losses, estimator)(params, key=key)
+        return value, jax.tree.map(lambda p, g: p - 1e-4 * g, params, grads)
+
+    step = jax.jit(step, donate_argnums=0).lower(params, jax.random.key(0)).compile()
+    return step.memory_analysis().temp_size_in_bytes
+
+
+ALGORITHMS = {
+    "bp": (GlobalLoss(), fg.Backpropagation()),
+    "lg-bp": (LocalLoss(), fg.Backpropagation()),
+    "lg-fg-w": (LocalLoss(), fg.WeightPerturbation(exact_last=True)),
+    "lg-fg-a": (LocalLoss(), fg.ActivityPerturbation()),
+}
 FG_W, BP = fg.WeightPerturbation(), fg.Backpropagation()
 
 
@@ -98,3 +126,11 @@ def test_gradient_is_not_materialised(estimator):
     matrix = 4 * WIDTH * WIDTH
     assert temp(estimator, 4, 16) < 0.5 * matrix
     assert temp(fg.WeightPerturbation(structure="dense"), 4, 16) > 2 * matrix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "share"), [("lg-fg-a", 0.4), ("lg-fg-w", 0.25), ("lg-bp", 0.8)])
+def test_memory_of_greedy_losses_does_not_grow_with_blocks(name, share):
+    assert mixer_temp(name, 8) <= 1.2 * mixer_temp(name, 4)
+    assert mixer_temp(name, 4) <= share * mixer_temp("bp", 4)
+    assert mixer_temp("bp", 8) > 1.5 * mixer_temp("bp", 4)

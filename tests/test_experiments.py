@@ -16,6 +16,7 @@ import forwardgrad as fg
 from data_helpers import real_folder, write_pair
 from forwardgrad._errors import InputError
 from forwardgrad.experiments import (
+    COMPARE,
     EXPERIMENTS,
     Step,
     checkpointed_mlp_loss,
@@ -27,6 +28,7 @@ from forwardgrad.experiments import (
 )
 from forwardgrad.experiments import _mnist as mnist
 from forwardgrad.experiments import _scaling as scaling
+from forwardgrad.experiments import _table3 as table3
 from forwardgrad.experiments import _toy as toy
 
 
@@ -185,6 +187,64 @@ def test_mnist_table_is_mean_and_deviation_over_seeds():
     assert row["test_error_std"] == pytest.approx((8 / 3) ** 0.5)
     assert row["loss_mean"] == pytest.approx(0.3)
     assert row["seconds_median"] == 7.0
+
+
+@pytest.mark.slow
+def test_compare(tmp_path):
+    settings = {"network": "s/1/1", "epochs": 1, "out": tmp_path}
+    COMPARE.run(COMPARE.options(**settings, algorithms=("bp", "lg-fg-a"), seeds=1))
+    first = json.loads((tmp_path / "compare.json").read_text())
+    COMPARE.run(COMPARE.options(**settings, algorithms=("fa", "bp"), seeds=2))
+    stored = json.loads((tmp_path / "compare.json").read_text())
+    # What there was is still there, finished runs are not repeated.
+    assert stored["cells"][:2] == first["cells"]
+    ran = {(cell["algorithm"], cell["seed"]) for cell in stored["cells"]}
+    assert ran == {("bp", 0), ("lg-fg-a", 0), ("fa", 0), ("fa", 1), ("bp", 1)}
+    assert [row["algorithm"] for row in stored["table"]] == ["bp", "fa", "lg-fg-a"]
+    assert [row["seeds"] for row in stored["table"]] == [2, 2, 1]
+    markdown = (tmp_path / "compare.md").read_text().splitlines()
+    assert markdown[0] == "| algorithm | digits s/1/1 |"
+    assert [line.split(" | ")[0] for line in markdown[2:]] == ["| bp", "| fa", "| lg-fg-a"]
+    assert len((tmp_path / "compare.csv").read_text().splitlines()) == 4
+    with Image.open(tmp_path / "compare.png") as figure:
+        assert min(figure.size) > 300
+    with pytest.raises(InputError, match="holds results for epochs 1, not 2: pass another --out"):
+        COMPARE.run(COMPARE.options(**{**settings, "epochs": 2}))
+
+
+def test_table3_rows_are_means_beside_the_papers_numbers():
+    cells = [
+        {
+            "column": "mnist m/1/16",
+            "algorithm": name,
+            "seed": i,
+            "test_error": error,
+            "seconds": 9.0,
+        }
+        for name, errors in (("bp", (1.0, 3.0)), ("lg-fg-a", (2.0,)))
+        for i, error in enumerate(errors)
+    ]
+    bp, fg_a = table3._rows(cells)
+    assert (bp["test_error_mean"], bp["test_error_std"], bp["paper"]) == (2.0, 1.0, 2.41)
+    assert (fg_a["seeds"], fg_a["test_error_mean"], fg_a["paper"]) == (1, 2.0, 2.55)
+    assert table3._markdown([bp, fg_a]).splitlines()[2:] == [
+        "| bp | 2.00 ± 1.00 | 2.41 |",
+        "| lg-fg-a | 2.00 | 2.55 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"columns": ("cifar",)}, "column 'cifar' is unknown; did you mean 'cifar10'"),
+        ({"algorithms": ("fgw",)}, "algorithm 'fgw' is unknown; did you mean 'fg-w'"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+    ],
+)
+def test_table3_refuses(tmp_path, settings, match):
+    with pytest.raises(InputError, match=match):
+        EXPERIMENTS["table3"].run(options("table3", out=tmp_path, **settings))
+    assert not list(tmp_path.iterdir())
 
 
 MODELS = Path(__file__).parents[1] / "benchmarks" / "models.py"

@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from forwardgrad import Backpropagation, InputError, WeightPerturbation, data
+from forwardgrad import Backpropagation, InputError, WeightPerturbation, data, objectives
 from forwardgrad.networks import build
 from forwardgrad.objectives import GlobalLoss
 from forwardgrad.training import ALGORITHMS, TrainConfig, _feeds, _run, fit, load_run
@@ -101,7 +102,7 @@ def test_an_algorithm_fills_in_what_is_not_set():
     ("name", "match"),
     [
         ("fgw", "algorithm 'fgw' is unknown; did you mean 'fg-w'"),
-        ("lg-fg-a", "algorithm 'lg-fg-a' is not available yet .available: bp, fg-w."),
+        ("l-dfa", "algorithm 'l-dfa' is not defined: direct feedback alignment sends"),
     ],
 )
 def test_unknown_algorithms(name, match):
@@ -482,6 +483,28 @@ def test_divergence_is_one_sentence_and_keeps_the_last_finite_checkpoint(tmp_pat
     assert "nan" in last["reason"] or "inf" in last["reason"]
     assert not (out / "summary.json").exists()
     network = load_run(out)[1]
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(network))
+
+
+def test_nan_in_the_loss_of_one_block_stops_the_run(tmp_path, monkeypatch):
+    """The other blocks' losses stay finite, because gradients stop between blocks."""
+    whole, block = objectives._local.replicated_cross_entropy, itertools.count()
+
+    def broken(*args):
+        labels = args[-1]
+        unlucky = (next(block) % 4 == 1) & jnp.all(labels[:2] == 7)
+        return whole(*args) + jnp.where(unlucky, jnp.nan, 0.0)
+
+    monkeypatch.setattr(objectives._local, "replicated_cross_entropy", broken)
+    with fails("the run diverged"):
+        fit(
+            TrainConfig(
+                network="m/8/16", algorithm="lg-fg-a", epochs=2, batch_size=8,
+                log_every=1, checkpoint_every=1e-3, out=tmp_path / "run",
+            )
+        )  # fmt: skip
+    assert lines(tmp_path / "run")[-1]["event"] == "diverged"
+    network = load_run(tmp_path / "run")[1]
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(network))
 
 

@@ -15,6 +15,7 @@ commands:
   train       train a network:         forwardgrad train --dataset mnist --network mlp
   reproduce   a paper's experiment:    forwardgrad reproduce toy
                                        (forwardgrad reproduce lists them)
+  compare     all algorithms:          forwardgrad compare
 
 forwardgrad COMMAND --help shows a command's options. forwardgrad --version shows the version.
 """
@@ -70,4 +71,8 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from forwardgrad.cli._reproduce import reproduce
 
         return reproduce
-    raise unknown_name("command", name, ("train", "reproduce"))
+    if name == "compare":
+        from forwardgrad.cli._reproduce import compare
+
+        return compare
+    raise unknown_name("command", name, ("train", "reproduce", "compare"))

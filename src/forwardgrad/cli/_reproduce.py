@@ -1,4 +1,4 @@
-"""`forwardgrad reproduce`."""
+"""`forwardgrad reproduce` and `forwardgrad compare`."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ import tyro
 from rich.console import Console
 
 from forwardgrad._errors import unknown_name
-from forwardgrad.experiments import EXPERIMENTS
+from forwardgrad.experiments import COMPARE, EXPERIMENTS, Experiment
 
 
 def reproduce(arguments: Sequence[str]) -> int:
     """Run one of the papers' experiments, or list them."""
-    console = Console(soft_wrap=True)
     if not arguments or arguments[0] in ("-h", "--help"):
+        console = Console(soft_wrap=True)
         console.print(
             "usage: forwardgrad reproduce NAME [OPTIONS]\n\nexperiments:", highlight=False
         )
@@ -22,13 +22,18 @@ def reproduce(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in EXPERIMENTS:
         raise unknown_name("experiment", name, EXPERIMENTS)
-    experiment = EXPERIMENTS[name]
+    return _run(EXPERIMENTS[name], f"forwardgrad reproduce {name}", rest)
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Run every algorithm on one data set."""
+    return _run(COMPARE, "forwardgrad compare", arguments)
+
+
+def _run(experiment: Experiment, prog: str, arguments: Sequence[str]) -> int:
     options = tyro.cli(
-        experiment.options,
-        prog=f"forwardgrad reproduce {name}",
-        description=experiment.summary,
-        args=rest,
+        experiment.options, prog=prog, description=experiment.summary, args=arguments
     )
     out = experiment.run(options)
-    console.print(f"results and figure: {out}", highlight=False)
+    Console(soft_wrap=True).print(f"results and figure: {out}", highlight=False)
     return 0

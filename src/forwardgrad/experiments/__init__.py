@@ -10,12 +10,15 @@ from forwardgrad.experiments._scaling import checkpointed_mlp_loss as checkpoint
 from forwardgrad.experiments._scaling import mlp_loss as mlp_loss
 from forwardgrad.experiments._scaling import mlp_problem as mlp_problem
 from forwardgrad.experiments._scaling import stacked as stacked
+from forwardgrad.experiments._table3 import COMPARE as COMPARE
+from forwardgrad.experiments._table3 import TABLE3
 from forwardgrad.experiments._toy import TOY
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (TOY, *MNIST, SCALING)}
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (TOY, *MNIST, SCALING, TABLE3)}
 """Experiments by the name that `forwardgrad reproduce` knows them by."""
 
 __all__ = [
+    "COMPARE",
     "EXPERIMENTS",
     "Experiment",
     "Step",

@@ -5,13 +5,15 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from forwardgrad import __version__
+from forwardgrad._errors import InputError
+from forwardgrad._files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +52,22 @@ def options_as_json(options: Any) -> dict[str, Any]:
         for k, v in fields.items()
         if not isinstance(v, Path) and k != "data_dir"
     }
+
+
+def stored_cells(path: Path, options: Any, same: Sequence[str]) -> Any:
+    """The cells that an earlier call has stored, or None.
+
+    **Raises:**
+
+    `InputError` if one of the settings `same` was another.
+    """
+    if not path.exists():
+        return None
+    stored = read_json(path)
+    for name in same:
+        if stored["options"][name] != getattr(options, name):
+            raise InputError(
+                f"{path} holds results for {name} {stored['options'][name]}, not "
+                f"{getattr(options, name)}: pass another --out"
+            )
+    return stored["cells"]

@@ -77,6 +77,7 @@ def _cell(
         momentum=0.0,
         tangents=1,
         clip=None,
+        exact_last=False,
         normalise=False,
         log_every=options.log_every,
         eval_every=1_000_000,

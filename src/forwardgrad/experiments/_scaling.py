@@ -17,10 +17,14 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from forwardgrad._errors import InputError
-from forwardgrad._files import read_json, write_json
+from forwardgrad._files import write_json
 from forwardgrad.estimators import Backpropagation, WeightPerturbation
-from forwardgrad.experiments._experiment import Experiment, options_as_json, provenance
+from forwardgrad.experiments._experiment import (
+    Experiment,
+    options_as_json,
+    provenance,
+    stored_cells,
+)
 from forwardgrad.experiments._figures import save
 from forwardgrad.experiments._measure import Step, interleave
 
@@ -98,7 +102,7 @@ def mlp_problem(depth: int, batch_size: int, width: int) -> tuple[list[dict], tu
 def run_scaling(options: ScalingOptions) -> Path:
     """Run the experiment, or what is missing of it, and return the folder of its results."""
     path = options.out / "scaling.json"
-    cells = _stored(path, options)
+    cells = stored_cells(path, options, same=("width", "repeats")) or {}
     for depth in options.depths:
         for batch_size in options.batch_sizes:
             name = f"depth {depth}, batch {batch_size}"
@@ -112,19 +116,6 @@ def run_scaling(options: ScalingOptions) -> Path:
                 write_json(path, {**header, **provenance(), "cells": cells})
     _plot(options.out / "scaling.png", list(cells.values()), options)
     return options.out
-
-
-def _stored(path: Path, options: ScalingOptions) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    stored = read_json(path)
-    for name in ("width", "repeats"):
-        if stored["options"][name] != getattr(options, name):
-            raise InputError(
-                f"{path} holds results for {name} {stored['options'][name]}, not "
-                f"{getattr(options, name)}: pass another --out"
-            )
-    return stored["cells"]
 
 
 def _measure(depth: int, batch_size: int, options: ScalingOptions) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Training: one step, one loop, checkpoints, metrics."""
 
 from forwardgrad.training._algorithms import ALGORITHMS as ALGORITHMS
+from forwardgrad.training._algorithms import resolve as resolve
 from forwardgrad.training._config import TrainConfig as TrainConfig
 from forwardgrad.training._interrupt import Interrupted as Interrupted
 from forwardgrad.training._loop import fit as fit
 from forwardgrad.training._loop import load_run as load_run
 
-__all__ = ["ALGORITHMS", "Interrupted", "TrainConfig", "fit", "load_run"]
+__all__ = ["ALGORITHMS", "Interrupted", "TrainConfig", "fit", "load_run", "resolve"]

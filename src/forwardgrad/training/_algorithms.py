@@ -1,21 +1,35 @@
 """The algorithms by their ids: an objective, an estimator, and settings that suit the pair."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from forwardgrad._errors import InputError, unknown_name
-from forwardgrad.estimators import AbstractEstimator, Backpropagation, WeightPerturbation
-from forwardgrad.objectives import GlobalLoss
+from forwardgrad.estimators import (
+    AbstractEstimator,
+    ActivityPerturbation,
+    Backpropagation,
+    DirectFeedbackAlignment,
+    FeedbackAlignment,
+    WeightPerturbation,
+)
+from forwardgrad.networks import SIZES
+from forwardgrad.objectives import AbstractObjective, GlobalLoss, LocalLoss
 from forwardgrad.training._config import WITH_MOMENTUM, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """A row of the papers' tables."""
+    """A row of the papers' tables.
 
-    objective: Callable
+    `defaults` are settings that suit it, `for_mixers` those that suit a LocalMixer better: its
+    normalised activations allow larger steps.
+    """
+
+    objective: AbstractObjective
     estimator: Callable[[TrainConfig], AbstractEstimator]
-    defaults: dict
+    defaults: Mapping[str, Any]
+    for_mixers: Mapping[str, Any]
 
 
 def _weight_perturbation(config: TrainConfig) -> WeightPerturbation:
@@ -27,25 +41,59 @@ def _weight_perturbation(config: TrainConfig) -> WeightPerturbation:
         rank=config.rank,
         orthogonal=config.orthogonal,
         clip=config.clip,
+        exact_last=bool(config.exact_last),
     )
 
 
-ALGORITHMS: dict[str, Algorithm] = {
-    "bp": Algorithm(
-        GlobalLoss(),
-        lambda config: Backpropagation(),
-        {"learning_rate": 0.02, "momentum": 0.9, "tangents": 1},
-    ),
-    "fg-w": Algorithm(
-        GlobalLoss(),
+def _activity_perturbation(config: TrainConfig) -> ActivityPerturbation:
+    assert config.tangents is not None
+    return ActivityPerturbation(tangents=config.tangents, distribution=config.distribution)
+
+
+OBJECTIVES: dict[str, AbstractObjective] = {
+    "": GlobalLoss(),
+    "l-": LocalLoss(greedy=False),
+    "lg-": LocalLoss(greedy=True),
+}
+"""Where losses sit, by the prefix of an algorithm's id."""
+
+Estimation = tuple[Callable[[TrainConfig], AbstractEstimator], dict[str, Any], dict[str, Any]]
+
+NO_NOISE = {"learning_rate": 0.02, "momentum": 0.9, "tangents": 1, "exact_last": False}
+
+WITH_FEEDBACK = {**NO_NOISE, "learning_rate": 2e-3}
+
+ESTIMATORS: dict[str, Estimation] = {
+    "bp": (lambda config: Backpropagation(), NO_NOISE, {"learning_rate": 0.05}),
+    "fa": (lambda config: FeedbackAlignment(), WITH_FEEDBACK, {"learning_rate": 0.05}),
+    "dfa": (lambda config: DirectFeedbackAlignment(), WITH_FEEDBACK, {"learning_rate": 0.05}),
+    "fg-w": (
         _weight_perturbation,
-        {"learning_rate": 4e-3, "momentum": 0.0, "tangents": 16},
+        {"learning_rate": 4e-3, "momentum": 0.0, "tangents": 16, "exact_last": True},
+        {"learning_rate": 0.01, "momentum": 0.9},
+    ),
+    "fg-a": (
+        _activity_perturbation,
+        {"learning_rate": 1e-3, "momentum": 0.9, "tangents": 4, "exact_last": False},
+        {"learning_rate": 0.03},
     ),
 }
-"""The algorithms that can be trained with."""
+"""How credit reaches the weights, by the rest of the id; defaults, and those for a LocalMixer."""
 
-PLANNED = ("l-bp", "lg-bp", "fa", "l-fa", "lg-fa", "dfa", "fg-a", "lg-fg-w", "lg-fg-a")
-"""Ids of the second paper's algorithms that are not here yet."""
+UNDEFINED = dict.fromkeys(
+    ("l-dfa", "lg-dfa"),
+    "direct feedback alignment sends the error of one output layer to all others, and with local "
+    "losses every block has an output layer of its own",
+)
+"""Pairs that make no algorithm, and why."""
+
+ALGORITHMS: dict[str, Algorithm] = {
+    prefix + name: Algorithm(objective, *estimation)
+    for name, estimation in ESTIMATORS.items()
+    for prefix, objective in OBJECTIVES.items()
+    if prefix + name not in UNDEFINED
+}
+"""The algorithms that can be trained with."""
 
 
 def algorithm(name: str) -> Algorithm:
@@ -53,12 +101,10 @@ def algorithm(name: str) -> Algorithm:
 
     **Raises:**
 
-    `InputError` if there is none.
+    `InputError` if there is none, with the reason if its pair is undefined.
     """
-    if name in PLANNED:
-        raise InputError(
-            f"algorithm {name!r} is not available yet (available: {', '.join(ALGORITHMS)})"
-        )
+    if name in UNDEFINED:
+        raise InputError(f"algorithm {name!r} is not defined: {UNDEFINED[name]}")
     if name not in ALGORITHMS:
         raise unknown_name("algorithm", name, ALGORITHMS)
     return ALGORITHMS[name]
@@ -66,7 +112,8 @@ def algorithm(name: str) -> Algorithm:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """The settings with the algorithm's defaults in place of None."""
-    defaults = algorithm(config.algorithm).defaults
+    chosen = algorithm(config.algorithm)
+    defaults = {**chosen.defaults, **(chosen.for_mixers if config.network in SIZES else {})}
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     if config.optimizer not in WITH_MOMENTUM:
         missing["momentum"] = 0.0

@@ -25,9 +25,10 @@ class TrainConfig:
     dataset: str = "digits"
     """Data set: digits, mnist, cifar10, tiny-imagenet, imagenet, a Hugging Face name, a folder."""
     network: str = "mlp"
-    """Network: logreg, mlp or cnn."""
+    """Network: logreg, mlp, cnn, or a LocalMixer: s/1/1, m/1/16, m/8/16, l/8/64, l/32/64."""
     algorithm: str = "fg-w"
-    """Algorithm: bp (backpropagation) or fg-w (forward gradient, weights perturbed)."""
+    """Algorithm: bp, fa, dfa, fg-w or fg-a; with local losses l-bp, l-fa, l-fg-w, l-fg-a; with
+    greedy ones lg-bp, lg-fa, lg-fg-w, lg-fg-a."""
     epochs: int = 100
     """Passes over the training set. The last, incomplete batch of each is left out."""
     iterations: int | None = None
@@ -75,6 +76,8 @@ class TrainConfig:
     """Outer products in a rank-one tangent."""
     orthogonal: bool = False
     """Orthogonalise the tangents of a step."""
+    exact_last: bool | None = None
+    """Exact gradients for layers that no other comes after (fg-w and its kin)."""
     clip: float | None = 1.0
     """Bound on each directional derivative; None for none."""
 

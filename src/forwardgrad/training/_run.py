@@ -30,9 +30,9 @@ class Run:
     def __init__(self, config: TrainConfig):
         weights_key, order_key, step_key = jax.random.split(jax.random.key(config.seed), 3)
         data = load(config.dataset, config.data_dir)
+        row = algorithm(config.algorithm)
         network = build_network(config, data, weights_key)
         params, static = eqx.partition(network, eqx.is_inexact_array)
-        row = algorithm(config.algorithm)
         loss = _loss(row.objective, static, data, config.normalise)
 
         self.feeds = make_feeds(data.train, config.batch_size, order_key, config.seed)
@@ -68,6 +68,7 @@ def build_network(config: TrainConfig, data: Dataset, key: Array) -> eqx.Module:
         key=key,
         width=config.width,
         depth=config.depth,
+        heads=algorithm(config.algorithm).objective.needs_heads,
     )
 
 

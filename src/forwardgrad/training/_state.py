@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
+from forwardgrad._losses import Losses
 from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import AbstractEstimator
 
@@ -31,8 +32,8 @@ class Feed(eqx.Module):
     order: Int[Array, "steps batch"]
 
 
-Loss = Callable[[PyTree, Array, Array], tuple[Float[Array, ""], dict[str, Array]]]
-"""`(params, images uint8, labels) -> (loss, {"errors": count})`."""
+Loss = Callable[[PyTree, Array, Array], tuple[Losses, dict[str, Array]]]
+"""`(params, images uint8, labels) -> (losses, {"errors": count})`."""
 
 
 def initial_state(

@@ -1,0 +1,83 @@
+"""Every estimator with every objective on every network, as `forwardgrad train` has them."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import forwardgrad as fg
+from forwardgrad.networks import LocalMixer, Size, build
+from forwardgrad.training import ALGORITHMS, TrainConfig, resolve
+
+SHAPE, CLASSES = (8, 8, 1), 3
+MADE = {"image_shape": SHAPE, "classes": CLASSES, "key": jax.random.key(0)}
+NETWORKS = {
+    "logreg": build("logreg", **MADE),
+    "mlp": build("mlp", **MADE, width=16, depth=1, heads=True),
+    "cnn": build("cnn", **MADE, width=16, heads=True),
+    "mixer": LocalMixer(SHAPE, Size(16, 2, 2, 2), CLASSES, key=jax.random.key(0)),
+    "mixer, one patch": LocalMixer(SHAPE, Size(16, 1, 4, 1), CLASSES, key=jax.random.key(0)),
+}
+STEPS = {"cnn": 60}
+
+
+def data():
+    """Images whose brightest third is the class."""
+    keys = jax.random.split(jax.random.key(1), 2)
+    labels = jax.random.randint(keys[0], (32,), 0, CLASSES)
+    rows = jnp.arange(SHAPE[0]) * CLASSES // SHAPE[0]
+    bright = 1.5 * (rows[None, :] == labels[:, None])
+    return bright[:, :, None, None] + jax.random.normal(keys[1], (32, *SHAPE)), labels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_conformance(name, network):
+    """The gradient looks like the parameters, is compiled once, and leads downhill."""
+    params, static = eqx.partition(NETWORKS[network], eqx.is_inexact_array)
+    images, labels = data()
+    algorithm, traces = ALGORITHMS[name], 0
+    estimator = algorithm.estimator(resolve(TrainConfig(algorithm=name)))
+
+    def loss(params):
+        nonlocal traces
+        traces += 1
+        return algorithm.objective(eqx.combine(params, static), images, labels)
+
+    gradient = fg.value_and_grad(loss, estimator, has_aux=True)
+    if network == "logreg" and algorithm.objective.needs_heads:
+        with pytest.raises(fg.InputError, match="local losses need a network with blocks"):
+            gradient(params, key=jax.random.key(2))
+        return
+    optimiser = optax.adam(2e-3)
+
+    @jax.jit
+    def step(params, state, key):
+        (value, aux), grads = gradient(params, key=key)
+        updates, state = optimiser.update(grads, state)
+        return optax.apply_updates(params, updates), state, value, aux["errors"], grads
+
+    trained, state, values, errors = params, optimiser.init(params), [], []
+    for key in jax.random.split(jax.random.key(2), STEPS.get(network, 200)):
+        trained, state, value, wrong, grads = step(trained, state, key)
+        values.append(float(value))
+        errors.append(int(wrong))
+    assert traces == step._cache_size() == 1
+    np.testing.assert_allclose(values[0], loss(params)[0].total(), rtol=1e-5)
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
+        assert (g.shape, g.dtype) == (p.shape, p.dtype)
+    # Feedback alignment may leave again what it has reached.
+    assert np.min(np.convolve(values, np.ones(5) / 5, "valid")) < 0.6 * values[0]
+    assert min(errors) < 0.5 * errors[0]
+    assert np.isfinite(values).all()
+    # Whatever the objective, every parameter that it reaches is learned.
+    unused = [] if algorithm.objective.needs_heads else jax.tree.leaves(params.heads)
+    still = [
+        bool(jnp.all(a == b))
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True)
+    ]
+    assert sum(still) == len(unused)
