@@ -1,0 +1,51 @@
+"""What a step of every algorithm costs on LocalMixer, m/8/16 on 128 images of CIFAR-10's shape.
+
+    python benchmarks/local_mixer.py --out results/benchmarks/local_mixer.json
+
+As `benchmarks/step.py`: loss, gradient and SGD update in one compiled program, medians of
+interleaved runs. The second and third network have more blocks, to show what grows with them. "of
+the rate" is the step's flops, as XLA counts them, divided by its time, over those of a product of
+two matrices of 4096 x 4096: how near the step comes to what the machine can do.
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import tyro
+
+from forwardgrad.experiments import Step
+from forwardgrad.networks import LocalMixer, Size
+from forwardgrad.training import ALGORITHMS, TrainConfig, resolve
+from measure import Options, run
+
+GROWING = ("bp", "lg-bp", "lg-fg-w", "lg-fg-a")
+CASES = {4: tuple(ALGORITHMS), 8: GROWING, 16: GROWING}
+"""Blocks, and what to measure."""
+
+
+def steps_of(blocks: int) -> dict[str, Step]:
+    """The forward pass and the step of each algorithm, with one tangent where there are any."""
+    size = Size(units=512, patches=8, groups=16, blocks=blocks)
+    network = LocalMixer((32, 32, 3), size, 10, key=jax.random.key(0))
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    images = jax.random.normal(jax.random.key(1), (128, 32, 32, 3))
+    labels = jax.random.randint(jax.random.key(2), (128,), 0, 10)
+
+    def step(name: str, forward_only: bool = False) -> Step:
+        objective = ALGORITHMS[name].objective
+        estimator = ALGORITHMS[name].estimator(resolve(TrainConfig(algorithm=name, tangents=1)))
+
+        def loss(params, images, labels):
+            losses, _ = objective(eqx.combine(params, static), images, labels)
+            return losses.total() if forward_only else losses
+
+        return Step(loss, params, None if forward_only else estimator, (images, labels))
+
+    steps = {name.upper(): step(name) for name in CASES[blocks]}
+    return {"forward only": step("bp", forward_only=True), **steps}
+
+
+if __name__ == "__main__":
+    names = {f"m/8/16, {n} blocks": functools.partial(steps_of, n) for n in CASES}
+    run("local_mixer", names, tyro.cli(Options, description=__doc__))
