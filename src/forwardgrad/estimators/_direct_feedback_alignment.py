@@ -26,7 +26,8 @@ class DirectFeedbackAlignment(AbstractEstimator):
     normalisation, is differentiated as usual; the output layer gets its exact gradient.
 
     `fun` must return [`forwardgrad.Losses`][] with an axis of examples, because every example has
-    an error of its own, and have one output layer.
+    an error of its own, and have one output layer that hidden layers lead to. A readout on
+    features that are constants to it is no such layer; it gets its exact gradient.
 
     **Arguments:**
 
@@ -91,7 +92,8 @@ class DirectFeedbackAlignment(AbstractEstimator):
         noted = jax.eval_shape(
             lambda leaves: program.with_hooks(leaves, self._fixed, hooks)[2], program.leaves
         )
-        outputs = [a for a in noted.activations if a.last]
+        hidden = frozenset().union(*[a.terms for a in noted.activations if not a.last])
+        outputs = [a for a in noted.activations if a.last and (a.terms & hidden or not hidden)]
         if len(outputs) != 1 or outputs[0].stacked:
             raise InputError(
                 f"DirectFeedbackAlignment needs one output layer, got {len(outputs)}"
@@ -113,11 +115,11 @@ class DirectFeedbackAlignment(AbstractEstimator):
         """
 
         def own(x):
-            return x.axes is not None and "example" in x.axes
+            return x.axes is not None and "example" in x.axes and bool(x.terms & output.terms)
 
         def moved(shift):
             hooks = Hooks(
-                activation=lambda a: a.value + shift if a.last else a.value,
+                activation=lambda a: a.value + shift if _same(a, output) else a.value,
                 layer_input=lambda x: jax.lax.stop_gradient(x.value) if own(x) else x.value,
             )
             terms, aux, noted = program.with_hooks(leaves, self._fixed, hooks)
@@ -139,3 +141,8 @@ class DirectFeedbackAlignment(AbstractEstimator):
         signs = rademacher(x.key, (size, error.shape[1])).astype(error.dtype)
         sent = math.sqrt(self.gain / size) * error @ signs.T
         return jnp.moveaxis(sent.reshape(-1, *rest), 0, place).astype(x.value.dtype)
+
+
+def _same(a: Activation, output: Activation) -> bool:
+    """Whether an activation is the output layer's."""
+    return a.last and bool(a.terms & output.terms)

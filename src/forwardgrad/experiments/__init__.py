@@ -1,7 +1,8 @@
 """The papers' experiments, each one command."""
 
+from forwardgrad._provenance import provenance as provenance
+from forwardgrad.experiments._ablation import ABLATION
 from forwardgrad.experiments._experiment import Experiment as Experiment
-from forwardgrad.experiments._experiment import provenance as provenance
 from forwardgrad.experiments._measure import Step as Step
 from forwardgrad.experiments._measure import interleave as interleave
 from forwardgrad.experiments._mnist import MNIST
@@ -10,11 +11,13 @@ from forwardgrad.experiments._scaling import checkpointed_mlp_loss as checkpoint
 from forwardgrad.experiments._scaling import mlp_loss as mlp_loss
 from forwardgrad.experiments._scaling import mlp_problem as mlp_problem
 from forwardgrad.experiments._scaling import stacked as stacked
-from forwardgrad.experiments._table3 import COMPARE as COMPARE
-from forwardgrad.experiments._table3 import TABLE3
+from forwardgrad.experiments._tables import COMPARE as COMPARE
+from forwardgrad.experiments._tables import TABLE3, TABLE4
 from forwardgrad.experiments._toy import TOY
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (TOY, *MNIST, SCALING, TABLE3)}
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e for e in (TOY, *MNIST, SCALING, TABLE3, TABLE4, ABLATION)
+}
 """Experiments by the name that `forwardgrad reproduce` knows them by."""
 
 __all__ = [

@@ -18,7 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from forwardgrad._files import write_json
-from forwardgrad.experiments._experiment import Experiment, options_as_json, provenance
+from forwardgrad._provenance import provenance
+from forwardgrad.experiments._experiment import Experiment, options_as_json
 from forwardgrad.experiments._figures import save
 from forwardgrad.training import TrainConfig, fit
 

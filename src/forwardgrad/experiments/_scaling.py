@@ -18,11 +18,11 @@ import optax
 from matplotlib.figure import Figure
 
 from forwardgrad._files import write_json
+from forwardgrad._provenance import provenance
 from forwardgrad.estimators import Backpropagation, WeightPerturbation
 from forwardgrad.experiments._experiment import (
     Experiment,
     options_as_json,
-    provenance,
     stored_cells,
 )
 from forwardgrad.experiments._figures import save

@@ -19,9 +19,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from forwardgrad._files import write_json
+from forwardgrad._provenance import provenance
 from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import AbstractEstimator, Backpropagation, WeightPerturbation
-from forwardgrad.experiments._experiment import Experiment, options_as_json, provenance
+from forwardgrad.experiments._experiment import Experiment, options_as_json
 from forwardgrad.experiments._figures import save
 from forwardgrad.experiments._measure import interleave
 

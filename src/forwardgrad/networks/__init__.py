@@ -8,6 +8,7 @@ from forwardgrad.networks._cnn import CNN as CNN
 from forwardgrad.networks._local_mixer import SIZES as SIZES
 from forwardgrad.networks._local_mixer import LocalMixer as LocalMixer
 from forwardgrad.networks._local_mixer import Size as Size
+from forwardgrad.networks._local_mixer import size_of as size_of
 from forwardgrad.networks._mlp import MLP as MLP
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "Size",
     "build",
     "copy_axes",
+    "size_of",
 ]

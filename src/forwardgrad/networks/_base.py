@@ -40,15 +40,23 @@ class AbstractNetwork(eqx.Module):
     def features(self, x: Array) -> Features:
         """A block's output (or the first one's input) by units, examples and patches."""
 
+    def pooled(self, x: Array) -> Float[Array, "batch units"]:
+        """The mean of a block's features over patches."""
+        return jnp.mean(self.features(x), axis=2).T
+
     def classify(self, x: Array) -> Float[Array, "batch classes"]:
-        """The logits for the last block's output: a linear layer on its mean over patches."""
-        return self.classifier(jnp.mean(self.features(x), axis=2).T)
+        """The logits for the last block's output: a linear layer on its pooled features."""
+        return self.classifier(self.pooled(x))
+
+    def blocks_output(self, images: Float[Array, "batch height width channels"]) -> Array:
+        """What the last block computes."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return x
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
         """The logits."""
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)
-        return self.classify(x)
+        return self.classify(self.blocks_output(images))

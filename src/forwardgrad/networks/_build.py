@@ -7,7 +7,7 @@ from jaxtyping import Array, Key
 from forwardgrad._errors import InputError, unknown_name
 from forwardgrad.networks._base import AbstractNetwork
 from forwardgrad.networks._cnn import CNN
-from forwardgrad.networks._local_mixer import SIZES, LocalMixer
+from forwardgrad.networks._local_mixer import SIZES, LocalMixer, size_of
 from forwardgrad.networks._mlp import MLP
 
 NAMES: tuple[str, ...] = ("logreg", "mlp", "cnn", *SIZES)
@@ -26,19 +26,22 @@ def build(
     width: int | None = None,
     depth: int | None = None,
     heads: bool = False,
+    projection: int | None = None,
 ) -> AbstractNetwork:
     """A network with random weights.
 
     **Arguments:**
 
     - `name`: `"logreg"`, `"mlp"`, `"cnn"`, or a LocalMixer by its size, patches along a side and
-        groups, such as `"m/8/16"`.
+        groups, such as `"m/8/16"`: the paper's, or any other of its three numbers of units.
     - `image_shape`: height, width and channels of an image.
     - `classes`: the number of outputs.
     - `key`: a random key.
     - `width`: units of the hidden linear layers (`mlp`, `cnn`). Default: 1024.
     - `depth`: number of hidden layers (`mlp`). Default: 2.
     - `heads`: whether blocks get heads for losses of their own. A LocalMixer always has them.
+    - `projection`: the number of the heads' outputs, where they project features for contrastive
+        learning. Default: that of the classes.
 
     **Returns:**
 
@@ -54,17 +57,19 @@ def build(
     >>> network(jax.numpy.zeros((5, 28, 28, 1))).shape
     (5, 10)
     """
-    if name not in NAMES:
+    size = size_of(name)
+    if size is None and name not in NAMES:
         raise unknown_name("network", name, NAMES)
     _check_sizes(name, width, depth)
-    if name in SIZES:
-        return LocalMixer(image_shape, SIZES[name], classes, key=key)
+    if size is not None:
+        return LocalMixer(image_shape, size, classes, key=key, projection=projection)
+    with_heads = {"heads": heads, "projection": projection}
     width = WIDTH if width is None else width
     depth = DEPTH if depth is None else depth
     if name == "cnn":
-        return CNN(image_shape, width, classes, key=key, heads=heads)
+        return CNN(image_shape, width, classes, key=key, **with_heads)
     depth = 0 if name == "logreg" else depth
-    return MLP(math.prod(image_shape), width, depth, classes, key=key, heads=heads)
+    return MLP(math.prod(image_shape), width, depth, classes, key=key, **with_heads)
 
 
 def _check_sizes(name: str, width: int | None, depth: int | None) -> None:

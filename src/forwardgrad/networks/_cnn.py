@@ -56,6 +56,7 @@ class CNN(AbstractNetwork):
         key: Key[Array, ""],
         heads: bool = False,
         groups: int = 1,
+        projection: int | None = None,
     ):
         height, breadth, channels = image_shape
         if min(height, breadth) < 4:
@@ -74,7 +75,8 @@ class CNN(AbstractNetwork):
             Dense(flat, width, key=hidden_key),
         ]
         self.classifier = Linear(width, classes, key=last_key, gain=LAST_GAIN)
-        self.heads = make_heads([*[CHANNELS] * 4, width], classes, key=key) if heads else None
+        units = [*[CHANNELS] * 4, width]
+        self.heads = make_heads(units, classes, projection, key=key) if heads else None
         self.groups = groups
 
     def embed(

@@ -70,7 +70,10 @@ def units_first(x: Float[Array, "batch *patches units"]) -> Float[Array, "units 
     return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(2, 0, 1)
 
 
-def make_heads(units: Sequence[int], classes: int, *, key: Key[Array, ""]) -> list[Linear]:
-    """A linear layer for each block, from the number of its units to that of classes."""
+def make_heads(
+    units: Sequence[int], classes: int, projection: int | None, *, key: Key[Array, ""]
+) -> list[Linear]:
+    """A linear layer for each block: to the classes, or if given to so many projected features."""
     keys = jax.random.split(jax.random.fold_in(key, 1), len(units))
-    return [Linear(n, classes, key=k, gain=LAST_GAIN) for n, k in zip(units, keys, strict=True)]
+    outputs, gain = (classes, LAST_GAIN) if projection is None else (projection, 1.0)
+    return [Linear(n, outputs, key=k, gain=gain) for n, k in zip(units, keys, strict=True)]

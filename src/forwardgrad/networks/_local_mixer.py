@@ -5,6 +5,7 @@ units of each group are all matrix products without a transposition.
 """
 
 import functools
+import re
 from typing import NamedTuple
 
 import equinox as eqx
@@ -32,17 +33,23 @@ class Size(NamedTuple):
 
 UNITS = {"s": 256, "m": 512, "l": 2048}
 
-SIZES: dict[str, Size] = {
-    f"{letter}/{patches}/{groups}": Size(UNITS[letter], patches, groups, 1 if patches == 1 else 4)
-    for letter, patches, groups in (
-        ("s", 1, 1),
-        ("m", 1, 16),
-        ("m", 8, 16),
-        ("l", 8, 64),
-        ("l", 32, 64),
-    )
-}
-"""The paper's networks: units, patches along a side, channel groups, blocks."""
+SIZES: tuple[str, ...] = ("s/1/1", "m/1/16", "m/8/16", "l/8/64", "l/32/64")
+"""The paper's networks: units, patches along a side, channel groups."""
+
+
+def size_of(name: str) -> Size | None:
+    """The size of a LocalMixer called `units/patches/groups`, of the paper's or any other; or None.
+
+    One block where there is one patch, else four, as the paper's.
+
+    >>> size_of("m/8/16")
+    Size(units=512, patches=8, groups=16, blocks=4)
+    """
+    match = re.fullmatch(rf"([{''.join(UNITS)}])/([1-9]\d*)/([1-9]\d*)", name)
+    if match is None:
+        return None
+    patches, groups = int(match[2]), int(match[3])
+    return Size(UNITS[match[1]], patches, groups, 1 if patches == 1 else 4)
 
 
 class Block(eqx.Module):
@@ -107,6 +114,8 @@ class LocalMixer(AbstractNetwork):
     - `size`: units, patches along a side, groups, blocks.
     - `classes`: the number of outputs.
     - `key`: a random key.
+    - `projection`: the number of the heads' outputs, where they project features. Default: that
+        of the classes.
 
     **Raises:**
 
@@ -129,7 +138,13 @@ class LocalMixer(AbstractNetwork):
     patches: int = eqx.field(static=True)
 
     def __init__(
-        self, image_shape: tuple[int, int, int], size: Size, classes: int, *, key: Key[Array, ""]
+        self,
+        image_shape: tuple[int, int, int],
+        size: Size,
+        classes: int,
+        *,
+        key: Key[Array, ""],
+        projection: int | None = None,
     ):
         height, width, channels = image_shape
         if height % size.patches or width % size.patches:
@@ -148,7 +163,7 @@ class LocalMixer(AbstractNetwork):
             Block(i, n, size.units, size.groups, None if i == 0 else count, key=k)
             for i, (n, k) in enumerate(zip(inputs, block_keys, strict=True))
         ]
-        self.heads = make_heads([size.units] * size.blocks, classes, key=key)
+        self.heads = make_heads([size.units] * size.blocks, classes, projection, key=key)
         self.classifier = Linear(size.units, classes, key=classifier_key, gain=LAST_GAIN)
         self.groups = size.groups
         self.patches = size.patches

@@ -41,12 +41,13 @@ class MLP(AbstractNetwork):
         key: Key[Array, ""],
         heads: bool = False,
         groups: int = 1,
+        projection: int | None = None,
     ):
         *keys, last_key = jax.random.split(key, depth + 1)
         sizes = [inputs, *[width] * depth]
         self.blocks = [Dense(m, n, key=k) for m, n, k in zip(sizes, sizes[1:], keys, strict=False)]
         self.classifier = Linear(sizes[-1], outputs, key=last_key, gain=LAST_GAIN)
-        self.heads = make_heads(sizes[1:], outputs, key=key) if heads else None
+        self.heads = make_heads(sizes[1:], outputs, projection, key=key) if heads else None
         self.groups = groups
 
     def embed(self, images: Float[Array, "batch height width channels"]) -> Array:

@@ -4,20 +4,37 @@ from jaxtyping import Array, Float, Int
 
 from forwardgrad._losses import Losses
 from forwardgrad.networks import AbstractNetwork
-from forwardgrad.objectives._base import AbstractObjective
-from forwardgrad.objectives._cross_entropy import cross_entropy, wrong
+from forwardgrad.objectives._base import AbstractObjective, check_heads, with_classifier
+from forwardgrad.objectives._replicated import separate_losses
+from forwardgrad.objectives._supervised import Supervised
+from forwardgrad.objectives._task import AbstractTask
 
 
 class GlobalLoss(AbstractObjective):
-    r"""Mean softmax cross-entropy of the network's output.
+    r"""One loss of the network's last features.
 
-    $$L = -\frac1B \sum_b \log \operatorname{softmax}(z_b)_{y_b}$$
+    In supervised learning it is the mean softmax cross-entropy of the classifier's output,
+
+    $$L = -\frac1B \sum_b \log \operatorname{softmax}(z_b)_{y_b}.$$
+
+    In contrastive learning it is the loss of the last head's output, the projected features. The
+    classifier learns alongside, by its own cross-entropy, on features that are constants to it.
+
+    **Arguments:**
+
+    - `task`: what the loss is.
+
+    **Raises:**
+
+    `InputError`, when called, if the task needs a head and the network has none.
     """
+
+    task: AbstractTask = Supervised()
 
     @property
     def needs_heads(self) -> bool:
-        """False."""
-        return False
+        """Whether the task is another than the classifier's."""
+        return not self.task.uses_labels
 
     def __call__(
         self,
@@ -26,7 +43,11 @@ class GlobalLoss(AbstractObjective):
         labels: Int[Array, " batch"],
     ) -> tuple[Losses, dict[str, Array]]:
         """The loss of every example, and the number of wrong predictions."""
-        logits = network(images)
-        return Losses([cross_entropy(logits, labels)], [("example",)]), {
-            "errors": wrong(logits, labels)
-        }
+        x = network.blocks_output(images)
+        if self.task.uses_labels:
+            return with_classifier(network, x, labels, [], [], detached=False)
+        check_heads(network, "contrastive learning")
+        assert network.heads is not None
+        outputs = network.heads[-1](network.pooled(x))
+        terms = [separate_losses(self.task, outputs, labels)]
+        return with_classifier(network, x, labels, terms, [("example",)], detached=True)

@@ -3,29 +3,31 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from forwardgrad._errors import InputError
 from forwardgrad._losses import Losses
 from forwardgrad.networks import AbstractNetwork, copy_axes
-from forwardgrad.objectives._base import AbstractObjective
-from forwardgrad.objectives._cross_entropy import (
-    cross_entropy,
-    replicated_cross_entropy,
-    wrong,
-)
+from forwardgrad.objectives._base import AbstractObjective, check_heads, with_classifier
+from forwardgrad.objectives._replicated import replicated_loss
+from forwardgrad.objectives._supervised import Supervised
+from forwardgrad.objectives._task import AbstractTask
 
 
 class LocalLoss(AbstractObjective):
-    r"""A cross-entropy at every block, for every patch and channel group.
+    r"""A loss at every block, for every patch and channel group.
 
     Block i has a head on its features and the loss $L_i$, replicated over patches and groups (see
-    `replicated_cross_entropy`); the network's classifier has the loss L.
+    [`replicated_loss`][forwardgrad.objectives.replicated_loss]); the network's classifier has the
+    cross-entropy L.
 
     - Local losses, `greedy=False`: $L + \sum_i L_i$. Gradients pass from block to block.
     - Greedy local losses, `greedy=True`: the same sum, but no gradient passes from one block to
       the one before it, or from the classifier to the last.
 
+    In contrastive learning no gradient passes from the classifier to the last block in any case:
+    it is a readout.
+
     **Arguments:**
 
+    - `task`: what the blocks' losses are.
     - `greedy`: whether gradients stop between blocks.
     - `blockwise`: whether every block has a loss, or only the last.
     - `patchwise`: whether every patch has a copy of its own.
@@ -41,6 +43,7 @@ class LocalLoss(AbstractObjective):
         ([arXiv:2210.03310](https://arxiv.org/abs/2210.03310)), Section 4.
     """
 
+    task: AbstractTask = Supervised()
     greedy: bool = True
     blockwise: bool = True
     patchwise: bool = True
@@ -58,27 +61,23 @@ class LocalLoss(AbstractObjective):
         labels: Int[Array, " batch"],
     ) -> tuple[Losses, dict[str, Array]]:
         """The losses, block by block and the classifier's last, and the wrong predictions."""
-        if not network.blocks or network.heads is None:
-            raise InputError(
-                "local losses need a network with blocks that have heads, got "
-                f"{type(network).__name__} with {len(network.blocks)} blocks and "
-                f"{len(network.heads or ())} heads"
-            )
-        stop = jax.lax.stop_gradient if self.greedy else lambda x: x
+        check_heads(network, "an objective with local losses")
+        assert network.heads is not None
+        stop = jax.lax.stop_gradient if self.greedy and self.blockwise else lambda x: x
         x, terms, axes = network.embed(images), [], []
         for i, (block, head) in enumerate(zip(network.blocks, network.heads, strict=True)):
-            x = block(stop(x) if self.blockwise else x)
+            x = block(stop(x))
             if self.blockwise or i == len(network.blocks) - 1:
                 group, patch = copy_axes(i)
                 terms.append(self._replicated(network, x, head, labels))
                 axes.append((group, "example", patch))
-        logits = network.classify(stop(x))
-        losses = Losses([*terms, cross_entropy(logits, labels)], [*axes, ("example",)])
-        return losses, {"errors": wrong(logits, labels)}
+        detached = self.greedy or not self.task.uses_labels
+        return with_classifier(network, x, labels, terms, axes, detached=detached)
 
     def _replicated(self, network, x, head, labels):
         features = network.features(x)
-        return replicated_cross_entropy(
+        return replicated_loss(
+            self.task,
             network.groups if self.groupwise else 1,
             features.shape[2] if self.patchwise else 1,
             features,

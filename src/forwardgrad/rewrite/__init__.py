@@ -1,5 +1,6 @@
 """Rewriting a function's program so that weights can be perturbed without building tangents."""
 
+from forwardgrad.rewrite._examples import of_examples as of_examples
 from forwardgrad.rewrite._layers import Activation as Activation
 from forwardgrad.rewrite._layers import Hooks as Hooks
 from forwardgrad.rewrite._layers import activation as activation
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "factor_shape",
     "named",
+    "of_examples",
     "parameter",
     "perturbed",
 ]

@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from forwardgrad.rewrite._control import scan_counts, while_counts
@@ -24,6 +26,16 @@ Rule = Callable[[JaxprEqn, int], Sequence[Axis]]
 
 RULES: dict[str, Rule] = {}
 """Primitive name to rule: from the axis of an equation's first output to those of its inputs."""
+
+NOTE = "forwardgrad examples"
+
+
+def of_examples(x: jax.Array) -> jax.Array:
+    """`x`, with the note that along its first axis each loss of an example depends on one entry.
+
+    It is for losses whose derivatives say so, by a rule of their own, where their values do not.
+    """
+    return checkpoint_name(x, NOTE)
 
 
 def example_axes(jaxpr: Jaxpr, out_axes: Sequence[Axis]) -> dict[Var, Axis]:
@@ -80,6 +92,8 @@ def _inputs(eqn: JaxprEqn, axes: Sequence[Axis], found: dict[Var, Axis]) -> Sequ
         return _follow(inner[0].jaxpr, axes, found)
     if name == "optimization_barrier":
         return axes
+    if name == "name" and eqn.params["name"] == NOTE:
+        return [0]
     axis = functools.reduce(_join, axes)
     if inner or not isinstance(axis, int):
         return [UNKNOWN if inner else axis] * len(eqn.invars)

@@ -1,4 +1,4 @@
-"""Training: one step, one loop, checkpoints, metrics."""
+"""Training: one step, one loop, checkpoints, metrics, readouts."""
 
 from forwardgrad.training._algorithms import ALGORITHMS as ALGORITHMS
 from forwardgrad.training._algorithms import resolve as resolve
@@ -6,5 +6,16 @@ from forwardgrad.training._config import TrainConfig as TrainConfig
 from forwardgrad.training._interrupt import Interrupted as Interrupted
 from forwardgrad.training._loop import fit as fit
 from forwardgrad.training._loop import load_run as load_run
+from forwardgrad.training._readout import fit_readout as fit_readout
+from forwardgrad.training._readout import readout_file as readout_file
 
-__all__ = ["ALGORITHMS", "Interrupted", "TrainConfig", "fit", "load_run", "resolve"]
+__all__ = [
+    "ALGORITHMS",
+    "Interrupted",
+    "TrainConfig",
+    "fit",
+    "fit_readout",
+    "load_run",
+    "readout_file",
+    "resolve",
+]

@@ -13,8 +13,15 @@ from forwardgrad.estimators import (
     FeedbackAlignment,
     WeightPerturbation,
 )
-from forwardgrad.networks import SIZES
-from forwardgrad.objectives import AbstractObjective, GlobalLoss, LocalLoss
+from forwardgrad.networks import size_of
+from forwardgrad.objectives import (
+    AbstractObjective,
+    AbstractTask,
+    Contrastive,
+    GlobalLoss,
+    LocalLoss,
+    Supervised,
+)
 from forwardgrad.training._config import WITH_MOMENTUM, TrainConfig
 
 
@@ -26,7 +33,7 @@ class Algorithm:
     normalised activations allow larger steps.
     """
 
-    objective: AbstractObjective
+    objective: Callable[[TrainConfig], AbstractObjective]
     estimator: Callable[[TrainConfig], AbstractEstimator]
     defaults: Mapping[str, Any]
     for_mixers: Mapping[str, Any]
@@ -50,10 +57,24 @@ def _activity_perturbation(config: TrainConfig) -> ActivityPerturbation:
     return ActivityPerturbation(tangents=config.tangents, distribution=config.distribution)
 
 
-OBJECTIVES: dict[str, AbstractObjective] = {
-    "": GlobalLoss(),
-    "l-": LocalLoss(greedy=False),
-    "lg-": LocalLoss(greedy=True),
+def _task(config: TrainConfig) -> AbstractTask:
+    return Supervised() if config.task == "supervised" else Contrastive(config.temperature)
+
+
+def _local(config: TrainConfig, greedy: bool) -> LocalLoss:
+    return LocalLoss(
+        _task(config),
+        greedy=greedy,
+        blockwise=config.blockwise,
+        patchwise=config.patchwise,
+        groupwise=config.groupwise,
+    )
+
+
+OBJECTIVES: dict[str, Callable[[TrainConfig], AbstractObjective]] = {
+    "": lambda config: GlobalLoss(_task(config)),
+    "l-": lambda config: _local(config, greedy=False),
+    "lg-": lambda config: _local(config, greedy=True),
 }
 """Where losses sit, by the prefix of an algorithm's id."""
 
@@ -79,6 +100,9 @@ ESTIMATORS: dict[str, Estimation] = {
     ),
 }
 """How credit reaches the weights, by the rest of the id; defaults, and those for a LocalMixer."""
+
+AUGMENTED: dict[str, str] = {"supervised": "none", "contrastive": "simclr"}
+"""How training images are changed by default, by the task."""
 
 UNDEFINED = dict.fromkeys(
     ("l-dfa", "lg-dfa"),
@@ -113,7 +137,9 @@ def algorithm(name: str) -> Algorithm:
 def resolve(config: TrainConfig) -> TrainConfig:
     """The settings with the algorithm's defaults in place of None."""
     chosen = algorithm(config.algorithm)
-    defaults = {**chosen.defaults, **(chosen.for_mixers if config.network in SIZES else {})}
+    defaults = {**chosen.defaults, "augment": AUGMENTED[config.task]}
+    if size_of(config.network) is not None:
+        defaults |= chosen.for_mixers
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     if config.optimizer not in WITH_MOMENTUM:
         missing["momentum"] = 0.0

@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args
 
 from forwardgrad._errors import InputError, unknown_name
 
-Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion"]
+Task = Literal["supervised", "contrastive"]
+Augment = Literal["none", "crop-flip", "simclr"]
+Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "lars"]
 Schedule = Literal["constant", "cosine", "exponential", "linear"]
 Distribution = Literal["rademacher", "normal", "sphere"]
 Structure = Literal["rank-one", "dense"]
@@ -22,10 +24,14 @@ class TrainConfig:
     `InputError` where a value is out of range.
     """
 
+    task: Task = "supervised"
+    """What is learned: classes, or without labels what two views of an image share (contrastive),
+    with a linear readout of the classes alongside."""
     dataset: str = "digits"
     """Data set: digits, mnist, cifar10, tiny-imagenet, imagenet, a Hugging Face name, a folder."""
     network: str = "mlp"
-    """Network: logreg, mlp, cnn, or a LocalMixer: s/1/1, m/1/16, m/8/16, l/8/64, l/32/64."""
+    """Network: logreg, mlp, cnn, or a LocalMixer: s/1/1, m/1/16, m/8/16, l/8/64, l/32/64, or
+    any other size/patches/groups of s, m or l."""
     algorithm: str = "fg-w"
     """Algorithm: bp, fa, dfa, fg-w or fg-a; with local losses l-bp, l-fa, l-fg-w, l-fg-a; with
     greedy ones lg-bp, lg-fa, lg-fg-w, lg-fg-a."""
@@ -44,17 +50,40 @@ class TrainConfig:
 
     batch_size: int = 64
     """Examples per step."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after another, with their gradients averaged: for
+    batches that do not fit in memory."""
+    augment: Augment | None = None
+    """Random changes of the training images. Default: none; simclr for contrastive learning."""
+    least_area: float = 0.2
+    """Least share of an image that a random resized crop keeps (simclr)."""
+    jitter: float = 0.5
+    """Strength of the colour jitter (simclr)."""
+    blur: float | None = None
+    """Probability of a blur (simclr). Default: 0.5 for images of 64 pixels and more, else 0."""
     normalise: bool = True
     """Subtract the training images' mean and divide by their standard deviation, per channel."""
     width: int | None = None
     """Units of the hidden linear layers (mlp, cnn). Default: 1024."""
     depth: int | None = None
     """Number of hidden layers (mlp). Default: 2."""
+    projection: int = 128
+    """Outputs of the heads in contrastive learning."""
+    temperature: float = 0.5
+    """Temperature of the contrastive loss."""
+    blockwise: bool = True
+    """With local losses: one for every block, or only for the last."""
+    patchwise: bool = True
+    """With local losses: one for every patch."""
+    groupwise: bool = True
+    """With local losses: one for every channel group."""
 
     optimizer: Optimizer = "sgd"
     """Optimiser."""
     learning_rate: float | None = None
     """Learning rate at the start (after the warm-up)."""
+    scale_learning_rate: bool = False
+    """Multiply the learning rate by batch_size / 256."""
     schedule: Schedule = "cosine"
     """Learning rate over the run: constant, cosine or linear to zero, or exponential."""
     decay: float = 1e-4
@@ -62,9 +91,10 @@ class TrainConfig:
     warmup: int = 0
     """Steps over which the learning rate first rises linearly from zero."""
     momentum: float | None = None
-    """Momentum of sgd and rmsprop."""
+    """Momentum of sgd, rmsprop and lars."""
     weight_decay: float = 0.0
-    """Weight decay; adamw and lion decouple it, the others add it to the gradient."""
+    """Weight decay; adamw and lion decouple it, the others add it to the gradient (lars but for
+    biases)."""
 
     tangents: int | None = None
     """K: tangents whose forward gradients are averaged in a step."""
@@ -96,7 +126,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise InputError(f"{name} must be at least {least}, got {value!r}")
-        for name in ("learning_rate", "clip", "checkpoint_every"):
+        for name in ("learning_rate", "clip", "checkpoint_every", "temperature"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} must be positive and finite, got {value!r}")
@@ -105,11 +135,37 @@ class TrainConfig:
         if self.momentum and self.optimizer not in WITH_MOMENTUM:
             raise InputError(
                 f"momentum (={self.momentum}) is not a setting of optimizer {self.optimizer!r}, "
-                f"only of {' and '.join(WITH_MOMENTUM)}"
+                f"only of {', '.join(WITH_MOMENTUM)}"
+            )
+        self._check_batch()
+        if self.task == "contrastive" and self.augment == "none":
+            raise InputError(
+                "augment must not be 'none' with task 'contrastive': both views of an image would "
+                "be the same"
+            )
+
+    def _check_batch(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"accumulate (={self.accumulate}) must divide batch_size, which is "
+                f"{self.batch_size}"
+            )
+        if self.task == "supervised":
+            return
+        if self.batch_size < 2:
+            raise InputError(
+                f"batch_size must be at least 2 with task 'contrastive', got {self.batch_size}: "
+                "an image is told apart from the others of its batch"
+            )
+        if self.accumulate > 1:
+            raise InputError(
+                f"accumulate (={self.accumulate}) must be 1 with task 'contrastive': its loss "
+                "compares every image of a batch with all others, and is not a mean over parts"
             )
 
 
 _CHOICES = {
+    "task": Task,
     "optimizer": Optimizer,
     "schedule": Schedule,
     "distribution": Distribution,
@@ -121,6 +177,8 @@ _LEAST = {
     "iterations": 1,
     "seed": 0,
     "batch_size": 1,
+    "accumulate": 1,
+    "projection": 1,
     "width": 1,
     "depth": 0,
     "decay": 0,
@@ -132,7 +190,7 @@ _LEAST = {
     "log_every": 1,
 }
 
-WITH_MOMENTUM = ("sgd", "rmsprop")
+WITH_MOMENTUM = ("sgd", "rmsprop", "lars")
 """Optimisers that have a momentum of their own to set."""
 
 NOT_OF_THE_RESULT = ("out", "data_dir", "resume", "checkpoint_every")

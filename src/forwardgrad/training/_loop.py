@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from rich.console import Console
 
 from forwardgrad import __version__
@@ -95,7 +96,17 @@ def load_run(
 
     `InputError` if the folder holds no run or no checkpoint, or all are damaged.
     """
-    folder = Path(folder)
+    config, run, params = restored(Path(folder), data_dir)
+    return config, run.network(params)
+
+
+def restored(folder: Path, data_dir: Path | str | None) -> tuple[TrainConfig, Run, PyTree]:
+    """The settings of the run in a folder, the run made ready, and its last parameters.
+
+    **Raises:**
+
+    `InputError` if the folder holds no run or no checkpoint, or all are damaged.
+    """
     config = load_config(folder)
     if data_dir is not None:
         config = dataclasses.replace(config, data_dir=Path(data_dir))
@@ -103,10 +114,10 @@ def load_run(
         raise InputError(f"folder {folder} holds no checkpoint yet")
     run = Run(config)
     with contextlib.closing(Checkpoints(folder / CHECKPOINTS)) as checkpoints:
-        restored = checkpoints.restore(run.state)
-    if restored is None:
+        found = checkpoints.restore(run.state)
+    if found is None:
         raise InputError(f"folder {folder} holds no checkpoint yet")
-    return config, run.network(restored[0].params)
+    return config, run, found[0].params
 
 
 class _Session:
@@ -154,6 +165,7 @@ class _Session:
         last = self.metrics.lines[-1]
         epochs = self.step / self.run.steps_per_epoch
         summary = {
+            "task": self.config.task,
             "algorithm": self.config.algorithm,
             "network": self.config.network,
             "dataset": self.config.dataset,
@@ -233,7 +245,7 @@ class _Session:
     def _report_epoch(self, losses: np.ndarray, position: int) -> None:
         line = self._line("epoch", float(np.mean(losses)))
         wrong = int(np.sum(np.asarray(self.state.errors)[:position]))
-        line["train_error"] = 100.0 * wrong / (position * self.config.batch_size)
+        line["train_error"] = 100.0 * wrong / (position * self.run.examples_per_step)
         epoch = -(-self.step // self.run.steps_per_epoch)
         if epoch % self.config.eval_every == 0 or self.step == self.run.steps:
             line["test_error"] = self.run.test_error(self.state.params)

@@ -1,7 +1,8 @@
 """What a run is at one moment, and the compiled loop that takes it further."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from forwardgrad._losses import Losses
 from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import AbstractEstimator
+from forwardgrad.training._inputs import Inputs
 
 
 class TrainState(eqx.Module):
@@ -33,7 +35,7 @@ class Feed(eqx.Module):
 
 
 Loss = Callable[[PyTree, Array, Array], tuple[Losses, dict[str, Array]]]
-"""`(params, images uint8, labels) -> (losses, {"errors": count})`."""
+"""`(params, images, labels) -> (losses, {"errors": count})`, of images as a network gets them."""
 
 
 def initial_state(
@@ -55,26 +57,41 @@ Advance = Callable[[TrainState, Feed, int, int], TrainState]
 
 def make_advance(
     loss: Loss,
+    inputs: Inputs,
     estimator: AbstractEstimator,
     optimiser: optax.GradientTransformation,
-    key: Key[Array, ""],
+    keys: tuple[Key[Array, ""], Key[Array, ""]],
     *,
+    parts: int = 1,
     compiled_loop: bool = True,
 ) -> Advance:
     """The loop over steps, compiled as a whole, or step by step.
 
     Either way, how an epoch is cut into calls changes nothing: the steps are those of one program.
+
+    **Arguments:**
+
+    - `loss`: what is learned.
+    - `inputs`: what the network gets to see of a batch.
+    - `estimator`, `optimiser`: what becomes of the loss.
+    - `keys`: for the inputs and for the estimator.
+    - `parts`: into how many a batch is cut, for the memory of one.
+    - `compiled_loop`: whether the loop is part of the program.
     """
     gradient = value_and_grad(loss, estimator, has_aux=True)
 
+    def of_part(params: PyTree, images: Array, labels: Array, keys: Sequence[Array]):
+        (value, aux), grads = gradient(
+            params, *inputs.training(images, labels, keys[0]), key=keys[1]
+        )
+        return value, aux["errors"], grads
+
+    of_batch = _in_parts(of_part, parts, unroll=not compiled_loop) if parts > 1 else of_part
+
     def step(i: Array, state: TrainState, feed: Feed) -> TrainState:
         batch = feed.order[i]
-        (value, aux), grads = gradient(
-            state.params,
-            feed.images[batch],
-            feed.labels[batch],
-            key=jax.random.fold_in(key, state.step),
-        )
+        own = [jax.random.fold_in(key, state.step) for key in keys]
+        value, errors, grads = of_batch(state.params, feed.images[batch], feed.labels[batch], own)
         updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
         position = state.step % state.losses.size
         return TrainState(
@@ -82,10 +99,30 @@ def make_advance(
             optimiser=optimiser_state,
             step=state.step + 1,
             losses=state.losses.at[position].set(value),
-            errors=state.errors.at[position].set(aux["errors"]),
+            errors=state.errors.at[position].set(errors),
         )
 
     return _compiled_loop(step) if compiled_loop else _step_by_step(step)
+
+
+def _in_parts(of_part: Callable, parts: int, *, unroll: bool) -> Callable:
+    """Loss, errors and gradient of a batch, a mean over examples, from those of its parts."""
+
+    def of_batch(params: PyTree, images: Array, labels: Array, keys: Sequence[Array]):
+        def add(total, part):
+            i, images, labels = part
+            own = [jax.random.fold_in(key, i) for key in keys]
+            return jax.tree.map(jnp.add, total, of_part(params, images, labels, own)), None
+
+        cut = [a.reshape(parts, -1, *a.shape[1:]) for a in (images, labels)]
+        like = jax.eval_shape(of_part, params, *[a[0] for a in cut], keys)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+        (value, errors, grads), _ = jax.lax.scan(
+            add, zeros, (jnp.arange(parts), *cut), unroll=unroll
+        )
+        return value / parts, errors, jax.tree.map(lambda g: g / parts, grads)
+
+    return of_batch
 
 
 def _compiled_loop(step: Callable) -> Advance:
@@ -110,12 +147,12 @@ def _step_by_step(step: Callable) -> Advance:
     return advance
 
 
-def slow_in_loops(loss: Loss, params: PyTree, images: Array, labels: Array) -> bool:
-    """Whether a compiled loop would make the loss's gradient slow.
+def slow_in_loops(function: Callable, *args: Any) -> bool:
+    """Whether a compiled loop would make a function, or its gradient, slow.
 
     XLA's CPU backend has fast convolutions for gradients in a program's outermost computation
     only; in a loop they take fifty times as long.
     """
     if jax.default_backend() != "cpu":
         return False
-    return "conv_general_dilated" in str(jax.make_jaxpr(loss)(params, images, labels))
+    return "conv_general_dilated" in str(jax.make_jaxpr(function)(*args))

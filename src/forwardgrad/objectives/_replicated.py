@@ -1,0 +1,109 @@
+"""A loss for every example, patch and channel group, at the price of one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from forwardgrad.objectives._task import AbstractTask
+from forwardgrad.rewrite import of_examples
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def separate_losses(
+    task: AbstractTask,
+    outputs: Float[Array, "batch outputs"],
+    labels: Int[Array, " batch"],
+) -> Float[Array, " batch"]:
+    r"""A task's losses, each differentiated by the outputs of its own example alone.
+
+    The others are constants to it. Where a loss compares examples with each other, its whole
+    change is shared out to those that cause it,
+
+    $$\mathrm d\ell_b = \frac{\partial L}{\partial z_b} \cdot \mathrm d z_b,
+    \qquad L = \sum_b \ell_b,$$
+
+    so that the losses' sum has the derivative that it has anyway.
+    """
+    return task.losses(of_examples(outputs), labels)
+
+
+@separate_losses.defjvp
+def _separate_jvp(task, primals, tangents):
+    outputs, labels = primals
+    change = jnp.sum(task.error(outputs, labels) * tangents[0], axis=1)
+    return task.losses(outputs, labels), change
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def replicated_loss(
+    task: AbstractTask,
+    groups: int,
+    patches: int,
+    features: Float[Array, "units batch all_patches"],
+    weight: Float[Array, "units outputs"],
+    bias: Float[Array, " outputs"],
+    labels: Int[Array, " batch"],
+) -> Float[Array, "groups batch patches"]:
+    r"""The loss of a linear head, once for each example, group and patch.
+
+    The head sees the features' mean over patches,
+    $z_b = W^\top \frac1P \sum_p h_{\cdot b p} + c$, and the loss $\ell_b$ of an example is the
+    same for every copy. But copy (g, b, p) depends on the features of its group, example and patch
+    alone: the others are constants to it, those of other examples too where the task compares
+    examples. All copies are scaled to add up to the loss $L = \sum_b \ell_b$, whose
+    derivative is then the sum of theirs.
+
+    The closed form is
+
+    $$\mathrm d\ell_{gbp} = \frac1P \sum_{u \in g} \frac{\partial L}{\partial \bar h_{ub}}\,
+    \mathrm d h_{ubp}, \qquad
+    \frac{\partial L}{\partial \bar h} = W \frac{\partial L}{\partial z}^\top,$$
+
+    so that no copy is ever computed. The copies' values are equal shares of the loss, and do not
+    say which features they depend on: a finite difference cannot take the derivative's place.
+
+    **Arguments:**
+
+    - `task`: what the head's outputs are for.
+    - `groups`: the number of groups that have a copy of their own; 1 for none.
+    - `patches`: the number of patches that have one: all of them, or 1 for none.
+    - `features`: activations, units first and patches last.
+    - `weight`, `bias`: of the head.
+    - `labels`: the classes.
+
+    **Returns:**
+
+    The losses of the copies, which add up to the batch's loss.
+
+    ??? cite "Reference"
+
+        Ren, Kornblith, Liao & Hinton, *Scaling Forward Gradient with Local Losses*, ICLR 2023,
+        Section 4.
+    """
+    outputs = of_examples(jnp.mean(features, axis=2).T @ weight + bias)
+    return _copies(task.losses(outputs, labels), groups, patches)
+
+
+@replicated_loss.defjvp
+def _replicated_jvp(task, groups, patches, primals, tangents):
+    features, weight, bias, labels = primals
+    d_features, d_weight, d_bias, _ = tangents
+    pooled = jnp.mean(features, axis=2)
+    outputs = pooled.T @ weight + bias
+    error = task.error(outputs, labels)
+    # The head's own change is shared out to the copies.
+    of_head = jnp.sum(error * (pooled.T @ d_weight + d_bias), axis=1)
+    gradient = weight @ error.T / features.shape[2]
+    moved = gradient[:, :, None] * d_features
+    if patches == 1:
+        moved = jnp.sum(moved, axis=2, keepdims=True)
+    moved = jnp.sum(moved.reshape(groups, -1, *moved.shape[1:]), axis=1)
+    losses = task.losses(outputs, labels)
+    return _copies(losses, groups, patches), moved + _copies(of_head, groups, patches)
+
+
+def _copies(losses, groups, patches):
+    copy = losses / (groups * patches)
+    return jnp.broadcast_to(copy[None, :, None], (groups, len(losses), patches))

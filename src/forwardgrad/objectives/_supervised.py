@@ -1,0 +1,45 @@
+"""Classification."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from forwardgrad.objectives._task import AbstractTask
+
+
+def cross_entropy(
+    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]
+) -> Float[Array, " batch"]:
+    r"""Softmax cross-entropy of every example, scaled to add up to the batch's mean.
+
+    $$\ell_b = -\frac1B \log \operatorname{softmax}(z_b)_{y_b}$$
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels) / len(labels)
+
+
+def wrong(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Int[Array, ""]:
+    """The number of wrong predictions."""
+    return jnp.sum(jnp.argmax(logits, axis=-1) != labels)
+
+
+class Supervised(AbstractTask):
+    """Classification: the outputs are logits, their loss is the softmax cross-entropy."""
+
+    @property
+    def uses_labels(self) -> bool:
+        """True."""
+        return True
+
+    def losses(
+        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
+    ) -> Float[Array, " batch"]:
+        """[`cross_entropy`][forwardgrad.objectives.cross_entropy]."""
+        return cross_entropy(outputs, labels)
+
+    def error(
+        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
+    ) -> Float[Array, "batch outputs"]:
+        """The softmax, less one at the label, divided by the number of examples."""
+        target = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
+        return (jax.nn.softmax(outputs) - target) / len(labels)

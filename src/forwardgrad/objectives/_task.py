@@ -1,0 +1,35 @@
+"""What a loss compares a network's outputs with."""
+
+import abc
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int
+
+
+class AbstractTask(eqx.Module):
+    """A loss of every example, as a function of a linear layer's outputs.
+
+    An objective says where losses sit, a task what they are. Examples may depend on each other:
+    the losses' sum is what is learned, and `error` says how it changes.
+    """
+
+    @property
+    @abc.abstractmethod
+    def uses_labels(self) -> bool:
+        """Whether features learn from labels.
+
+        Where they do not, the network's classifier is a readout: it learns alongside, on features
+        that are constants to it.
+        """
+
+    @abc.abstractmethod
+    def losses(
+        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
+    ) -> Float[Array, " batch"]:
+        """The loss of each example, scaled to add up to the batch's mean."""
+
+    @abc.abstractmethod
+    def error(
+        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
+    ) -> Float[Array, "batch outputs"]:
+        """The derivative of the losses' sum by the outputs."""
