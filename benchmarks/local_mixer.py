@@ -33,8 +33,9 @@ def steps_of(blocks: int) -> dict[str, Step]:
     labels = jax.random.randint(jax.random.key(2), (128,), 0, 10)
 
     def step(name: str, forward_only: bool = False) -> Step:
-        objective = ALGORITHMS[name].objective
-        estimator = ALGORITHMS[name].estimator(resolve(TrainConfig(algorithm=name, tangents=1)))
+        config = resolve(TrainConfig(algorithm=name, tangents=1))
+        objective = ALGORITHMS[name].objective(config)
+        estimator = ALGORITHMS[name].estimator(config)
 
         def loss(params, images, labels):
             losses, _ = objective(eqx.combine(params, static), images, labels)

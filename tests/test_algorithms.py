@@ -39,16 +39,16 @@ def test_conformance(name, network):
     """The gradient looks like the parameters, is compiled once, and leads downhill."""
     params, static = eqx.partition(NETWORKS[network], eqx.is_inexact_array)
     images, labels = data()
-    algorithm, traces = ALGORITHMS[name], 0
-    estimator = algorithm.estimator(resolve(TrainConfig(algorithm=name)))
+    config, traces = resolve(TrainConfig(algorithm=name)), 0
+    estimator, objective = ALGORITHMS[name].estimator(config), ALGORITHMS[name].objective(config)
 
     def loss(params):
         nonlocal traces
         traces += 1
-        return algorithm.objective(eqx.combine(params, static), images, labels)
+        return objective(eqx.combine(params, static), images, labels)
 
     gradient = fg.value_and_grad(loss, estimator, has_aux=True)
-    if network == "logreg" and algorithm.objective.needs_heads:
+    if network == "logreg" and objective.needs_heads:
         with pytest.raises(fg.InputError, match="local losses need a network with blocks"):
             gradient(params, key=jax.random.key(2))
         return
@@ -75,7 +75,7 @@ def test_conformance(name, network):
     assert min(errors) < 0.5 * errors[0]
     assert np.isfinite(values).all()
     # Whatever the objective, every parameter that it reaches is learned.
-    unused = [] if algorithm.objective.needs_heads else jax.tree.leaves(params.heads)
+    unused = [] if objective.needs_heads else jax.tree.leaves(params.heads)
     still = [
         bool(jnp.all(a == b))
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True)

@@ -19,6 +19,9 @@ from forwardgrad.experiments import (
     COMPARE,
     EXPERIMENTS,
     Step,
+    _table,
+    _table_files,
+    _tables,
     checkpointed_mlp_loss,
     interleave,
     mlp_loss,
@@ -28,7 +31,6 @@ from forwardgrad.experiments import (
 )
 from forwardgrad.experiments import _mnist as mnist
 from forwardgrad.experiments import _scaling as scaling
-from forwardgrad.experiments import _table3 as table3
 from forwardgrad.experiments import _toy as toy
 
 
@@ -224,10 +226,11 @@ def test_table3_rows_are_means_beside_the_papers_numbers():
         for name, errors in (("bp", (1.0, 3.0)), ("lg-fg-a", (2.0,)))
         for i, error in enumerate(errors)
     ]
-    bp, fg_a = table3._rows(cells)
+    table = _table.Table("table3", (), None, Path(), papers=_tables.PAPERS)
+    bp, fg_a = _table._rows(table, cells)
     assert (bp["test_error_mean"], bp["test_error_std"], bp["paper"]) == (2.0, 1.0, 2.41)
     assert (fg_a["seeds"], fg_a["test_error_mean"], fg_a["paper"]) == (1, 2.0, 2.55)
-    assert table3._markdown([bp, fg_a]).splitlines()[2:] == [
+    assert _table_files.markdown([bp, fg_a]).splitlines()[2:] == [
         "| bp | 2.00 ± 1.00 | 2.41 |",
         "| lg-fg-a | 2.00 | 2.55 |",
     ]

@@ -1,4 +1,4 @@
-"""Local losses: the closed form against its definition, and where gradients stop."""
+"""Tasks, local losses: closed forms against their definitions, and where gradients stop."""
 
 import equinox as eqx
 import jax
@@ -8,9 +8,19 @@ import pytest
 
 import forwardgrad as fg
 from forwardgrad.networks import LocalMixer, Size, build, copy_axes
-from forwardgrad.objectives import GlobalLoss, LocalLoss, cross_entropy, replicated_cross_entropy
+from forwardgrad.objectives import (
+    Contrastive,
+    GlobalLoss,
+    LocalLoss,
+    Supervised,
+    cross_entropy,
+    replicated_loss,
+    separate_losses,
+    two_views,
+)
 
-UNITS, BATCH, PATCHES, CLASSES = 6, 5, 4, 3
+UNITS, BATCH, PATCHES, CLASSES = 6, 6, 4, 3
+TASKS = {"supervised": Supervised(), "contrastive": Contrastive(temperature=0.3)}
 
 
 def inputs(seed=0):
@@ -22,39 +32,50 @@ def inputs(seed=0):
     )
 
 
-LABELS = jnp.array([0, 1, 2, 2, 0])
+LABELS = jnp.array([0, 1, 2, 2, 0, 1])
 
 
-def tiled(groups, patches, features, weight, bias):
-    """The definition: a copy of the head and the loss for each group and patch.
+def tiled(task, groups, patches, features, weight, bias):
+    """The definition: a copy of the head and the loss for each group, example and patch.
 
-    Each copy sees all features, but only those of its group and patch as more than constants.
+    Each copy sees all features, but only those of its group, example and patch as more than
+    constants; its value is the loss of its example.
     """
-    copies = []
-    for g in range(groups):
-        of_group = []
-        for p in range(patches):
-            own = jnp.zeros((groups, UNITS // groups, BATCH, patches, PATCHES // patches))
-            own = own.at[g, :, :, p].set(1).reshape(features.shape) == 1
-            seen = jnp.where(own, features, jax.lax.stop_gradient(features))
-            # The head learns from all copies together.
-            heads = [w / (groups * patches) for w in (weight, bias)]
-            shared = [
-                jax.lax.stop_gradient(w - h) + h for w, h in zip((weight, bias), heads, strict=True)
-            ]
-            of_group.append(cross_entropy(jnp.mean(seen, 2).T @ shared[0] + shared[1], LABELS))
-        copies.append(jnp.stack(of_group, axis=1))
-    return jnp.stack(copies)
+
+    def copy(own, example):
+        seen = jnp.where(own, features, jax.lax.stop_gradient(features))
+        # The head learns from all copies together, from each with the share that is its example's.
+        heads = [w / (groups * patches) for w in (weight, bias)]
+        shared = [
+            jax.lax.stop_gradient(w - h) + h for w, h in zip((weight, bias), heads, strict=True)
+        ]
+        outputs = jnp.mean(seen, 2).T @ shared[0] + shared[1]
+        outputs = jnp.where(jnp.arange(BATCH)[:, None] == example, outputs, cut(outputs))
+        # The value of one example's loss, with the derivative of them all.
+        losses = task.losses(outputs, LABELS)
+        others = jnp.sum(losses) - losses[example]
+        return losses[example] + others - cut(others)
+
+    cut = jax.lax.stop_gradient
+    shape = (groups, UNITS // groups, BATCH, patches, PATCHES // patches)
+    copies = [
+        copy(jnp.zeros(shape).at[g, :, b, p].set(1).reshape(features.shape) == 1, b)
+        for g in range(groups)
+        for b in range(BATCH)
+        for p in range(patches)
+    ]
+    return jnp.stack(copies).reshape(groups, BATCH, patches)
 
 
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("patches", [1, PATCHES])
-def test_replicated_loss_is_its_definition(groups, patches):
+def test_replicated_loss_is_its_definition(task, groups, patches):
     def closed(*args):
-        return replicated_cross_entropy(groups, patches, *args, LABELS)
+        return replicated_loss(task, groups, patches, *args, LABELS)
 
     def definition(*args):
-        return tiled(groups, patches, *args)
+        return tiled(task, groups, patches, *args)
 
     args, tangents = inputs(), inputs(1)
     value, change = jax.jvp(closed, args, tangents)
@@ -68,20 +89,77 @@ def test_replicated_loss_is_its_definition(groups, patches):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_replicated_loss_adds_up_to_the_mean_loss():
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_replicated_loss_adds_up_to_the_mean_loss(task):
     features, weight, bias = inputs()
 
     def whole(features, weight, bias):
-        return jnp.sum(cross_entropy(jnp.mean(features, 2).T @ weight + bias, LABELS))
+        return jnp.sum(task.losses(jnp.mean(features, 2).T @ weight + bias, LABELS))
 
     def copies(*args):
-        return jnp.sum(replicated_cross_entropy(3, PATCHES, *args, LABELS))
+        return jnp.sum(replicated_loss(task, 3, PATCHES, *args, LABELS))
 
     expected = jax.value_and_grad(whole, (0, 1, 2))(features, weight, bias)
     value, grads = jax.value_and_grad(copies, (0, 1, 2))(features, weight, bias)
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     for a, b in zip(grads, expected[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_error_is_the_derivative_of_the_losses(task):
+    z = jax.random.normal(jax.random.key(3), (BATCH, 4)).at[0].set(0.0)
+    expected = jax.grad(lambda z: jnp.sum(task.losses(z, LABELS)))(z)
+    np.testing.assert_allclose(task.error(z, LABELS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_contrastive_loss_by_hand():
+    """Loops over the formula, in double precision."""
+    z = np.asarray(jax.random.normal(jax.random.key(4), (BATCH, 4)), float)
+    u = z / np.sqrt(np.sum(z**2, axis=1, keepdims=True))
+    expected = []
+    for i in range(BATCH):
+        scores = {k: np.exp(u[i] @ u[k] / 0.3) for k in range(BATCH) if k != i}
+        expected.append(-np.log(scores[(i + BATCH // 2) % BATCH] / sum(scores.values())) / BATCH)
+    found = Contrastive(temperature=0.3).losses(jnp.asarray(z, jnp.float32), LABELS)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_contrastive_loss_ignores_labels_and_scale():
+    z = jax.random.normal(jax.random.key(5), (BATCH, 4))
+    task = Contrastive()
+    np.testing.assert_allclose(task.losses(z, LABELS), task.losses(7 * z, 0 * LABELS), rtol=1e-5)
+
+
+def test_separate_losses_share_out_what_examples_do_to_each_other():
+    """Each loss moves with its own outputs alone, and their sum as it does anyway."""
+    task, z = Contrastive(), jax.random.normal(jax.random.key(6), (BATCH, 4))
+    jacobian = jax.jacfwd(lambda z: separate_losses(task, z, LABELS))(z)
+    off = jacobian * (1 - jnp.eye(BATCH))[:, :, None]
+    assert not np.any(off)
+    np.testing.assert_allclose(jacobian.sum(0), task.error(z, LABELS), atol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(lambda z: jnp.sum(separate_losses(task, z, LABELS)))(z),
+        task.error(z, LABELS),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_batch_that_is_no_two_views(count):
+    with pytest.raises(fg.InputError, match=f"two views of at least two images.*batch of {count}"):
+        Contrastive().losses(jnp.ones((count, 4)), jnp.zeros(count, int))
+
+
+def test_views_of_different_sizes():
+    first, second = jnp.ones((2, 8, 8, 3)), jnp.ones((2, 6, 6, 3))
+    with pytest.raises(fg.InputError, match=r"one shape, got \[2, 8, 8, 3\] and \[2, 6, 6, 3\]"):
+        two_views(first, second)
+
+
+def test_temperature_must_be_positive():
+    with pytest.raises(fg.InputError, match=r"temperature must be positive, got 0\.0"):
+        Contrastive(temperature=0.0)
 
 
 NETWORK = LocalMixer((4, 4, 1), Size(8, 2, 2, 3), CLASSES, key=jax.random.key(0))
@@ -162,6 +240,60 @@ def test_a_group_does_not_see_the_others():
     assert not some(grads.blocks[1].group_weight[1])
 
 
+PROJECTING = LocalMixer((4, 4, 1), Size(8, 2, 2, 3), CLASSES, key=jax.random.key(0), projection=5)
+OBJECTIVES = {
+    "global": GlobalLoss(Contrastive()),
+    "local": LocalLoss(Contrastive(), greedy=False),
+    "greedy": LocalLoss(Contrastive()),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_readout_never_changes_the_features(objective):
+    """Other labels, another readout: everything but the readout's gradient is the same bits."""
+    value, grads = gradient(objective, PROJECTING)
+    other = eqx.tree_at(
+        lambda n: (n.classifier.weight, n.classifier.bias),
+        PROJECTING,
+        (PROJECTING.classifier.weight * 3 + 1, PROJECTING.classifier.bias - 2),
+    )
+    params, static = eqx.partition(other, eqx.is_inexact_array)
+
+    def relabelled(params):
+        return objective(eqx.combine(params, static), IMAGES, LABELS[::-1])[0].total()
+
+    other_value, changed = jax.value_and_grad(relabelled)(params)
+    assert value != other_value
+    same = eqx.tree_equal(grads.blocks, changed.blocks)
+    assert bool(same)
+    assert bool(eqx.tree_equal(grads.heads, changed.heads))
+    assert some(grads.blocks)
+    assert some(grads.classifier)
+    assert not eqx.tree_equal(grads.classifier, changed.classifier)
+
+
+def test_global_contrastive_loss_is_its_definition():
+    def plain(network):
+        outputs = network.heads[-1](network.pooled(network.blocks_output(IMAGES)))
+        features = jax.lax.stop_gradient(network.blocks_output(IMAGES))
+        losses = Contrastive().losses(outputs, LABELS)
+        return jnp.sum(losses) + jnp.sum(cross_entropy(network.classify(features), LABELS))
+
+    params, static = eqx.partition(PROJECTING, eqx.is_inexact_array)
+    expected = jax.value_and_grad(lambda p: plain(eqx.combine(p, static)))(params)
+    value, grads = gradient(OBJECTIVES["global"], PROJECTING)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_contrastive_terms_and_their_axes():
+    losses, _ = OBJECTIVES["greedy"](PROJECTING, IMAGES, LABELS)
+    assert [term.shape for term in losses.terms] == [(2, BATCH, 4)] * 3 + [(BATCH,)]
+    losses, _ = OBJECTIVES["global"](PROJECTING, IMAGES, LABELS)
+    assert losses.axes == (("example",), ("example",))
+
+
 def test_networks_without_blocks_or_heads():
     sizes = {"image_shape": (4, 4, 1), "classes": CLASSES, "key": jax.random.key(0)}
     for network, match in (
@@ -170,3 +302,5 @@ def test_networks_without_blocks_or_heads():
     ):
         with pytest.raises(fg.InputError, match=match):
             LocalLoss()(network, IMAGES, LABELS)
+        with pytest.raises(fg.InputError, match=match):
+            GlobalLoss(Contrastive())(network, IMAGES, LABELS)

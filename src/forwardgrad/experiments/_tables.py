@@ -103,6 +103,8 @@ class Table4Options:
     """Stop after this many steps instead."""
     batch_size: int = 256
     """Images per step, each in two views."""
+    warmup: int = 100
+    """Steps over which the learning rate first rises."""
     examples: int | None = None
     """Training images that the readouts are fitted on. Default: all."""
     seeds: int = 1
@@ -139,8 +141,12 @@ def run_table4(options: Table4Options) -> Path:
         out=options.out or Path("runs/reproduce/table4"),
         error="test error of the readout",
         papers={c.name: c.paper for c in CONTRASTIVE_COLUMNS.values() if c.paper},
-        settings={"task": "contrastive", "iterations": options.iterations},
-        same=("epochs", "iterations", "batch_size", "examples"),
+        settings={
+            "task": "contrastive",
+            "iterations": options.iterations,
+            "warmup": options.warmup,
+        },
+        same=("epochs", "iterations", "batch_size", "warmup", "examples"),
         examples=options.examples,
     )
     return run_table(table, ROWS)

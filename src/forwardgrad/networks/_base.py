@@ -4,6 +4,7 @@ import abc
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -21,16 +22,27 @@ def copy_axes(block: int) -> tuple[str, str]:
     return f"group {block}", f"patch {block}"
 
 
+READOUT_LENGTH = 4.0
+"""Of the features that a readout gets: such that it is stable at the learning rates of the rest."""
+
+
+def _of_one_length(x: Float[Array, "batch units"]) -> Float[Array, "batch units"]:
+    square = jnp.sum(x**2, axis=1, keepdims=True)
+    return x * (READOUT_LENGTH * jax.lax.rsqrt(square + 1e-6))
+
+
 class AbstractNetwork(eqx.Module):
     """Blocks one after another, and a linear classifier on the last one's features.
 
-    A network whose blocks have losses of their own has a head, a linear layer too, for each.
+    A network whose blocks have losses of their own has a head, a linear layer too, for each. Heads
+    have as many outputs as the classifier, or `projection` ones in contrastive learning.
     """
 
     blocks: eqx.AbstractVar[list[Callable[[Array], Array]]]
     heads: eqx.AbstractVar[list[Linear] | None]
     classifier: eqx.AbstractVar[Linear]
     groups: eqx.AbstractVar[int]
+    projection: eqx.AbstractVar[int | None]
 
     @abc.abstractmethod
     def embed(self, images: Float[Array, "batch height width channels"]) -> Array:
@@ -45,8 +57,13 @@ class AbstractNetwork(eqx.Module):
         return jnp.mean(self.features(x), axis=2).T
 
     def classify(self, x: Array) -> Float[Array, "batch classes"]:
-        """The logits for the last block's output: a linear layer on its pooled features."""
-        return self.classifier(self.pooled(x))
+        """The logits for the last block's output: a linear layer on its pooled features.
+
+        Where heads project features, it is a readout, and features grow as they like: they are
+        scaled to one length for it.
+        """
+        pooled = self.pooled(x)
+        return self.classifier(pooled if self.projection is None else _of_one_length(pooled))
 
     def blocks_output(self, images: Float[Array, "batch height width channels"]) -> Array:
         """What the last block computes."""

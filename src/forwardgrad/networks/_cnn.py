@@ -46,6 +46,7 @@ class CNN(AbstractNetwork):
     heads: list[Linear] | None
     classifier: Linear
     groups: int = eqx.field(static=True)
+    projection: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class CNN(AbstractNetwork):
         self.classifier = Linear(width, classes, key=last_key, gain=LAST_GAIN)
         units = [*[CHANNELS] * 4, width]
         self.heads = make_heads(units, classes, projection, key=key) if heads else None
+        self.projection = projection
         self.groups = groups
 
     def embed(

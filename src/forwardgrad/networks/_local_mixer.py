@@ -135,6 +135,7 @@ class LocalMixer(AbstractNetwork):
     heads: list[Linear] | None
     classifier: Linear
     groups: int = eqx.field(static=True)
+    projection: int | None = eqx.field(static=True)
     patches: int = eqx.field(static=True)
 
     def __init__(
@@ -165,6 +166,7 @@ class LocalMixer(AbstractNetwork):
         ]
         self.heads = make_heads([size.units] * size.blocks, classes, projection, key=key)
         self.classifier = Linear(size.units, classes, key=classifier_key, gain=LAST_GAIN)
+        self.projection = projection
         self.groups = size.groups
         self.patches = size.patches
 

@@ -30,6 +30,7 @@ class MLP(AbstractNetwork):
     heads: list[Linear] | None
     classifier: Linear
     groups: int = eqx.field(static=True)
+    projection: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class MLP(AbstractNetwork):
         self.blocks = [Dense(m, n, key=k) for m, n, k in zip(sizes, sizes[1:], keys, strict=False)]
         self.classifier = Linear(sizes[-1], outputs, key=last_key, gain=LAST_GAIN)
         self.heads = make_heads(sizes[1:], outputs, projection, key=key) if heads else None
+        self.projection = projection
         self.groups = groups
 
     def embed(self, images: Float[Array, "batch height width channels"]) -> Array:

@@ -30,13 +30,15 @@ class Algorithm:
     """A row of the papers' tables.
 
     `defaults` are settings that suit it, `for_mixers` those that suit a LocalMixer better: its
-    normalised activations allow larger steps.
+    normalised activations allow larger steps, and `for_contrastive` those for contrastive learning
+    of one.
     """
 
     objective: Callable[[TrainConfig], AbstractObjective]
     estimator: Callable[[TrainConfig], AbstractEstimator]
     defaults: Mapping[str, Any]
     for_mixers: Mapping[str, Any]
+    for_contrastive: Mapping[str, Any]
 
 
 def _weight_perturbation(config: TrainConfig) -> WeightPerturbation:
@@ -78,25 +80,28 @@ OBJECTIVES: dict[str, Callable[[TrainConfig], AbstractObjective]] = {
 }
 """Where losses sit, by the prefix of an algorithm's id."""
 
-Estimation = tuple[Callable[[TrainConfig], AbstractEstimator], dict[str, Any], dict[str, Any]]
+Settings = dict[str, Any]
+Estimation = tuple[Callable[[TrainConfig], AbstractEstimator], Settings, Settings, Settings]
 
 NO_NOISE = {"learning_rate": 0.02, "momentum": 0.9, "tangents": 1, "exact_last": False}
 
 WITH_FEEDBACK = {**NO_NOISE, "learning_rate": 2e-3}
 
 ESTIMATORS: dict[str, Estimation] = {
-    "bp": (lambda config: Backpropagation(), NO_NOISE, {"learning_rate": 0.05}),
-    "fa": (lambda config: FeedbackAlignment(), WITH_FEEDBACK, {"learning_rate": 0.05}),
-    "dfa": (lambda config: DirectFeedbackAlignment(), WITH_FEEDBACK, {"learning_rate": 0.05}),
+    "bp": (lambda config: Backpropagation(), NO_NOISE, {"learning_rate": 0.05}, {}),
+    "fa": (lambda config: FeedbackAlignment(), WITH_FEEDBACK, {"learning_rate": 0.05}, {}),
+    "dfa": (lambda config: DirectFeedbackAlignment(), WITH_FEEDBACK, {"learning_rate": 0.05}, {}),
     "fg-w": (
         _weight_perturbation,
         {"learning_rate": 4e-3, "momentum": 0.0, "tangents": 16, "exact_last": True},
         {"learning_rate": 0.01, "momentum": 0.9},
+        {"tangents": 1},
     ),
     "fg-a": (
         _activity_perturbation,
         {"learning_rate": 1e-3, "momentum": 0.9, "tangents": 4, "exact_last": False},
         {"learning_rate": 0.03},
+        {"learning_rate": 0.05, "tangents": 1},
     ),
 }
 """How credit reaches the weights, by the rest of the id; defaults, and those for a LocalMixer."""
@@ -140,6 +145,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     defaults = {**chosen.defaults, "augment": AUGMENTED[config.task]}
     if size_of(config.network) is not None:
         defaults |= chosen.for_mixers
+        defaults |= chosen.for_contrastive if config.task == "contrastive" else {}
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     if config.optimizer not in WITH_MOMENTUM:
         missing["momentum"] = 0.0
