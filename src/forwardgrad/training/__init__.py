@@ -6,5 +6,16 @@ from forwardgrad.training._config import TrainConfig as TrainConfig
 from forwardgrad.training._interrupt import Interrupted as Interrupted
 from forwardgrad.training._loop import fit as fit
 from forwardgrad.training._loop import load_run as load_run
+from forwardgrad.training._problem import Problem as Problem
+from forwardgrad.training._problem import problem as problem
 
-__all__ = ["ALGORITHMS", "Interrupted", "TrainConfig", "fit", "load_run", "resolve"]
+__all__ = [
+    "ALGORITHMS",
+    "Interrupted",
+    "Problem",
+    "TrainConfig",
+    "fit",
+    "load_run",
+    "problem",
+    "resolve",
+]

@@ -34,7 +34,9 @@ class Run:
         network = build_network(config, data, weights_key)
         params, static = eqx.partition(network, eqx.is_inexact_array)
         loss = _loss(row.objective, static, data, config.normalise)
+        estimator = row.estimator(config)
 
+        self.loss, self.estimator = loss, estimator
         self.feeds = make_feeds(data.train, config.batch_size, order_key, config.seed)
         self.steps_per_epoch = len(data.train) // config.batch_size
         self.steps = config.iterations or config.epochs * self.steps_per_epoch
@@ -44,7 +46,7 @@ class Run:
         example = jnp.zeros((1, *data.image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
         self.advance = make_advance(
             loss,
-            row.estimator(config),
+            estimator,
             transformation,
             step_key,
             compiled_loop=not slow_in_loops(loss, params, *example),
