@@ -1,5 +1,7 @@
 """The papers' experiments, each one command."""
 
+from forwardgrad.experiments._diagnose import DiagnoseOptions as DiagnoseOptions
+from forwardgrad.experiments._diagnose import run_diagnose as run_diagnose
 from forwardgrad.experiments._experiment import Experiment as Experiment
 from forwardgrad.experiments._experiment import provenance as provenance
 from forwardgrad.experiments._measure import Step as Step
@@ -20,6 +22,7 @@ EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (TOY, *MNIST, SCALING, 
 __all__ = [
     "COMPARE",
     "EXPERIMENTS",
+    "DiagnoseOptions",
     "Experiment",
     "Step",
     "checkpointed_mlp_loss",
@@ -27,5 +30,6 @@ __all__ = [
     "mlp_loss",
     "mlp_problem",
     "provenance",
+    "run_diagnose",
     "stacked",
 ]
