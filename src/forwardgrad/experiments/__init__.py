@@ -15,8 +15,9 @@ from forwardgrad.experiments._scaling import stacked as stacked
 from forwardgrad.experiments._table3 import COMPARE as COMPARE
 from forwardgrad.experiments._table3 import TABLE3
 from forwardgrad.experiments._toy import TOY
+from forwardgrad.experiments._variance import VARIANCE
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (TOY, *MNIST, SCALING, TABLE3)}
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (TOY, *MNIST, SCALING, TABLE3, VARIANCE)}
 """Experiments by the name that `forwardgrad reproduce` knows them by."""
 
 __all__ = [
