@@ -181,14 +181,14 @@ def cost_in_words(diagnosis: Diagnosis) -> str:
     return f"{flops}; {memory}"
 
 
-def _beside(count: float | None, what: str, times: float | None) -> str:
+def _beside(count: float | int | None, what: str, times: float | None) -> str:
     if count is None:
         return f"{what} unknown"
     beside = "" if times is None else f", {times:.2f} times backpropagation's"
     return f"{count:,.0f} {what}{beside}"
 
 
-def ratio(numerator: float | None, denominator: float | None) -> float | None:
+def ratio(numerator: float | int | None, denominator: float | int | None) -> float | None:
     """The quotient, None where it is undefined."""
     if numerator is None or not denominator:
         return None

@@ -59,20 +59,23 @@ def products_of_samples(
         )
         # Waits for the pair: no more than one is ever in memory.
         noted.append([np.asarray(p, float) for p in products])
-    with_exact, squares, differences, successive = (
-        np.stack(column) for column in zip(*noted, strict=True)
-    )
+    pairs = [np.stack(column) for column in zip(*noted, strict=True)]
+    mean_with_exact, mean, error = (np.asarray(p, float) for p in _of_mean(running.mean, exact))
     return Products(
-        *(p.reshape(len(keys), -1) for p in (with_exact, squares)),
-        differences,
-        successive[1:],
-        *(np.asarray(p, float) for p in _of_mean(running.mean, exact)),
+        with_exact=np.concatenate(pairs[0]),
+        squares=np.concatenate(pairs[1]),
+        differences=pairs[2],
+        successive=pairs[3][1:],  # The first pair has none before it.
+        mean_with_exact=mean_with_exact,
+        mean=mean,
+        error=error,
+        exact=np.asarray(_products(exact, exact), float),
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _add_pair(
-    running: _Running, exact: list[Array], first: list[Array], second: list[Array], count: int
+    running: _Running, exact: list[Array], first: list[Array], second: list[Array], count: Array
 ) -> tuple[_Running, tuple[Array, ...]]:
     """The running values with two more estimates, `count` being their number then."""
     pair = (first, second)
@@ -92,12 +95,7 @@ def _add_pair(
 @jax.jit
 def _of_mean(mean: list[Array], exact: list[Array]) -> tuple[Array, ...]:
     error = jax.tree.map(jnp.subtract, mean, exact)
-    return (
-        _products(mean, exact),
-        _products(mean, mean),
-        _products(error, error),
-        _products(exact, exact),
-    )
+    return _products(mean, exact), _products(mean, mean), _products(error, error)
 
 
 def _products(a: list[Array], b: list[Array]) -> Array:

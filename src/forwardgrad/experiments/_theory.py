@@ -53,32 +53,27 @@ def activity_variances(step: Problem) -> dict[str, Float[Array, "..."]]:
     $$\operatorname{Var} \hat g_{a_j} = \sum_l J_{lj}^2 (S\,m_l - 2 g_l^2)
     + \Bigl(\sum_l J_{lj}\, g_l\Bigr)^2$$
 
-    (the last sum within what shares d, its squares added up). Examples are independent, so that
-    for a weight with input x
+    (of the last term one for each d). Examples are independent, so that for a weight with input x
 
     $$\operatorname{Var} \hat g_{W_{ij}} = \sum_n x_{ni}^2 \operatorname{Var} \hat g_{a_{nj}}.$$
     """
-    (x, grouped_x), masks, grads, by_group = _layers(step)
+    (x, grouped_x), (mask, grouped_mask), (g, grouped_g), by_group = _layers(step)
     block: Block = step.params.blocks[0]
-    squares = sum(jnp.sum(g**2, axis=2) for g in grads)
+    squares = jnp.sum(g**2 + grouped_g**2, axis=2)
     shared = squares if by_group else jnp.sum(squares, axis=1, keepdims=True)
-    first, second = grads
-    share = (shared.shape[1], first.shape[1] * first.shape[2] // shared.shape[1])
     a = jnp.einsum("iu,ib->bu", block.channel_weight, x) + block.channel_bias
-    of_first = _through_normalisation(
-        a, *(y.reshape(len(y), *share) for y in (first, masks[0])), shared
-    )
-    b = jnp.einsum("gcd,gcb->bgd", block.group_weight, grouped_x) + block.group_bias
-    # What a group computes is normalised within it.
-    own = jnp.broadcast_to(shared, squares.shape)
-    of_second = jax.vmap(_through_normalisation, in_axes=1, out_axes=1)(
-        b, *(y[:, :, None] for y in (second, masks[1])), own[:, :, None]
-    )
+    shares = (*shared.shape, -1)
+    of_a = _through_normalisation(a, g.reshape(shares), mask.reshape(shares), shared)
+    a = jnp.einsum("gcd,gcb->bgd", block.group_weight, grouped_x) + block.group_bias
+    # This one is normalised within each group: all of a group share one d.
+    of_groups = jax.vmap(_through_normalisation, in_axes=1, out_axes=1)
+    one_share = (grouped_g[:, :, None], grouped_mask[:, :, None])
+    of_grouped = of_groups(a, *one_share, jnp.broadcast_to(shared, squares.shape)[:, :, None])
     return {
-        ".blocks[0].channel_weight": jnp.einsum("ib,bu->iu", x**2, of_first),
-        ".blocks[0].channel_bias": jnp.sum(of_first, axis=0),
-        ".blocks[0].group_weight": jnp.einsum("gcb,bgd->gcd", grouped_x**2, of_second),
-        ".blocks[0].group_bias": jnp.sum(of_second, axis=0),
+        ".blocks[0].channel_weight": jnp.einsum("ib,bu->iu", x**2, of_a),
+        ".blocks[0].channel_bias": jnp.sum(of_a, axis=0),
+        ".blocks[0].group_weight": jnp.einsum("gcb,bgd->gcd", grouped_x**2, of_grouped),
+        ".blocks[0].group_bias": jnp.sum(of_grouped, axis=0),
     }
 
 

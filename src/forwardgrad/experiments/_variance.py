@@ -128,12 +128,9 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         for r in rows
     ]
     totals = [r for r in rows if r["layer"] == "all"]
-    lines += [
-        "",
-        f"| algorithm | ‖g‖² | V/‖g‖², measured | predicted | {totals[0]['algorithm']}'s is larger by "
-        "a factor of, measured | predicted |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    first = totals[0]["algorithm"]
+    heads = ("algorithm", "‖g‖²", "V/‖g‖², measured", "predicted", f"{first}'s / it, measured")
+    lines += ["", f"| {' | '.join(heads)} | predicted |", "|---|--:|--:|--:|--:|--:|"]
     return "\n".join([*lines, *(_fall(row, totals[0]) for row in totals)]) + "\n"
 
 
