@@ -134,7 +134,9 @@ def plot_diagnoses(path: Path, diagnoses: Mapping[str, Diagnosis], title: str) -
             _draw(axes, diagnosis, points, offset, label=name, color=f"C{place}")
     cosine, variance, bias = panels
     cosine.set(xlabel="cosine with the exact gradient, mean over estimates", xlim=(None, 1.05))
-    variance.set(xlabel="variance / ‖exact gradient‖²", xscale="log")
+    variance.set(xlabel="variance / ‖exact gradient‖²")
+    if any(_variance(row) for diagnosis in diagnoses.values() for row in diagnosis.rows):
+        variance.set_xscale("log")
     bias.set(xlabel="bias / ‖exact gradient‖")
     bias.set_xscale("symlog", linthresh=0.01)
     bias.set_xlim(left=-1e-3)
