@@ -1,6 +1,6 @@
 """Measured variances of forward gradients beside what theory says (Ren et al. 2023, Section 3).
 
-Command: `forwardgrad reproduce variance`. Three minutes on two cores.
+Command: `forwardgrad reproduce variance`. Four minutes on two cores.
 
 The paper derives how the variance falls from perturbed weights to perturbed activations, and with
 losses for every group of channels. Here the variance of every entry of the gradient is predicted
