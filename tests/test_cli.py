@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import tyro
+from PIL import Image
 
 import forwardgrad
 from data_helpers import encode, pixels, write_pair, write_parquet
 from forwardgrad import InputError, experiments
-from forwardgrad.cli import _main, _train, main
+from forwardgrad.cli import _diagnose, _main, _train, main
+from forwardgrad.experiments import DiagnoseOptions
 from forwardgrad.training import TrainConfig
 
 QUICK = "--network logreg --algorithm bp --iterations 3"
@@ -218,6 +221,79 @@ def test_resuming_a_finished_run_says_so(command, refused):
     assert code == 0
     assert "The run in run is finished already." in out
     assert "seed (0 there, 3 now)" in refused(f"train {QUICK} --out run --resume --seed 3")
+
+
+# Diagnosing
+
+SMALL = "diagnose --samples 4 --batch-size 8 --out out"
+
+
+def test_diagnose_prints_a_block_for_each_algorithm(command):
+    code, out, err = command(f"{SMALL} --network logreg --algorithms fg-w bp --tangents 2")
+    assert (code, err) == (0, "")
+    for text in ("fg-w, 4 samples", "bp, 2 samples", ".classifier.weight", "all", "650"):
+        assert text in out
+    assert out.count("backpropagation's;") == 2
+    assert "files: out/: diagnosis.json, diagnosis.png" in out
+    stored = json.loads(Path("out/diagnosis.json").read_text())
+    assert stored["options"] == {
+        **{"dataset": "digits", "network": "logreg", "batch_size": 8, "seed": 0},
+        "weights": "initial",
+    }
+    assert set(experiments.provenance()) <= set(stored)
+    first, second = stored["diagnoses"]
+    assert (first["algorithm"], first["tangents"], first["samples"]) == ("fg-w", 2, 4)
+    assert (second["algorithm"], second["total"]["bias"]) == ("bp", 0)
+    assert [row["name"] for row in first["layers"]] == [".classifier.weight", ".classifier.bias"]
+    with Image.open("out/diagnosis.png") as figure:
+        assert min(figure.size) > 200
+        assert len(figure.convert("RGB").resize((64, 64)).getcolors(4096)) > 10
+
+
+def test_diagnose_the_weights_of_a_run(command, refused):
+    command("train --network mlp --width 8 --algorithm fg-w --iterations 3 --seed 5 --out run")
+    code, out, _ = command(f"{SMALL} --run run")
+    assert code == 0
+    assert "fg-w, 4 samples" in out
+    trained = json.loads(Path("out/diagnosis.json").read_text())
+    assert trained["options"]["weights"] == "of run run"
+    assert (trained["options"]["seed"], trained["options"]["network"]) == (5, "mlp")
+    assert trained["diagnoses"][0]["layers"][0]["parameters"] == 64 * 8
+    assert trained["diagnoses"][0]["tangents"] == 16
+    # Settings that suit the run's algorithm are not those of another.
+    command(f"{SMALL} --run run --algorithms fg-a")
+    other = json.loads(Path("out/diagnosis.json").read_text())["diagnoses"][0]
+    assert (other["algorithm"], other["tangents"], other["exact_last"]) == ("fg-a", 4, False)
+    # The gradient is that of the run's weights.
+    assert other["total"]["norm"] == trained["diagnoses"][0]["total"]["norm"]
+    message = refused(f"{SMALL} --run run --algorithms lg-fg-w")
+    assert "network does not have the parameters that network 'mlp' has" in message
+    assert "seed (=3) is set by the run in run" in refused(f"{SMALL} --run run --seed 3")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ("--network logreg --samples 3", "samples must be an even number of at least 4, got 3"),
+        ("--algorithms fgw", "algorithm 'fgw' is unknown; did you mean 'fg-w'"),
+        ("--network cn", "network 'cn' is unknown; did you mean 'cnn'"),
+        ("--run nowhere", "folder nowhere holds no run"),
+        ("--network logreg --batch-size 5000", "batch_size (=5000) is larger than the training"),
+        ("--tangents 0", "tangents must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_diagnosed(refused, options, match):
+    assert match in refused(f"diagnose {options}")
+    assert not Path("runs").exists()
+
+
+def test_the_options_of_diagnose_are_explained(command):
+    code, out, _ = command("diagnose --help")
+    assert code == 0
+    for field in dataclasses.fields(DiagnoseOptions):
+        assert f"--{field.name.replace('_', '-')}" in out
+    for example in re.findall(r"^  forwardgrad diagnose(.*)$", _diagnose.DESCRIPTION, re.M):
+        tyro.cli(DiagnoseOptions, args=shlex.split(example))
 
 
 # Experiments

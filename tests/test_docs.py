@@ -17,7 +17,7 @@ import pytest
 import tyro
 from markdown.extensions.toc import slugify
 
-from forwardgrad.experiments import COMPARE, EXPERIMENTS
+from forwardgrad.experiments import COMPARE, EXPERIMENTS, DiagnoseOptions
 from forwardgrad.rewrite._walk import RULES
 from forwardgrad.training import TrainConfig
 
@@ -120,6 +120,8 @@ def test_command_is_one(words, monkeypatch):
             tyro.cli(TrainConfig, args=options)
         case ["forwardgrad", "compare", *options]:
             tyro.cli(COMPARE.options, args=options)
+        case ["forwardgrad", "diagnose", *options]:
+            tyro.cli(DiagnoseOptions, args=options)
         case ["forwardgrad", "reproduce", name, *options]:
             tyro.cli(EXPERIMENTS[name].options, args=options)
         case ["python", script, *options]:

@@ -32,6 +32,7 @@ from forwardgrad.experiments import (
 from forwardgrad.experiments import _mnist as mnist
 from forwardgrad.experiments import _scaling as scaling
 from forwardgrad.experiments import _toy as toy
+from forwardgrad.networks import SIZES
 
 
 def options(name, **settings):
@@ -47,7 +48,8 @@ def run(name, chosen):
     stored = json.loads((out / f"{name}.json").read_text())
     assert stored["experiment"] == name
     assert set(provenance()) <= set(stored)
-    assert not any("/" in str(value) for value in stored["options"].values())
+    settings = [value for value in stored["options"].values() if str(value) not in SIZES]
+    assert not any("/" in str(value) for value in settings)
     return stored
 
 
@@ -248,6 +250,43 @@ def test_table3_refuses(tmp_path, settings, match):
     with pytest.raises(InputError, match=match):
         EXPERIMENTS["table3"].run(options("table3", out=tmp_path, **settings))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_variance(tmp_path):
+    """Predictions are within five standard errors; those of other tests are within less."""
+    chosen = options(
+        "variance",
+        **{"dataset": "digits", "network": "s/1/1", "algorithms": ("fg-w", "fg-a")},
+        **{"samples": 40, "batch_size": 8, "out": tmp_path},
+    )
+    rows = run("variance", chosen)["rows"]
+    assert [row["algorithm"] for row in rows] == ["fg-w"] * 5 + ["fg-a"] * 5
+    assert [row["layer"] for row in rows[4::5]] == ["all", "all"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["measured"] / row["predicted"])
+        assert row["ratio"] == pytest.approx(1, abs=5 * row["ratio_error"])
+    for start in (0, 5):
+        parts = [row["predicted"] for row in rows[start : start + 5]]
+        assert sum(parts[:4]) == pytest.approx(parts[4])
+    relative = [row["predicted"] / row["norm"] ** 2 for row in rows[4::5]]
+    # 64 x 256 and 256 x 256 weights, and biases.
+    assert relative[0] == pytest.approx(64 * 256 + 256 * 256 + 512 - 1, rel=1e-4)
+    assert relative[1] < 0.02 * relative[0]
+    assert f"| {relative[0] / relative[1]:.4g} |" in (tmp_path / "variance.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"network": "m/8/16"}, "network must be a LocalMixer with one patch, .* got 'm/8/16'"),
+        ({"network": "mlp"}, "network must be a LocalMixer with one patch, .* got 'mlp'"),
+        ({"algorithms": ("bp",)}, "algorithm 'bp' is unknown"),
+    ],
+)
+def test_variance_refuses(tmp_path, settings, match):
+    with pytest.raises(InputError, match=match):
+        EXPERIMENTS["variance"].run(options("variance", out=tmp_path, **settings))
 
 
 MODELS = Path(__file__).parents[1] / "benchmarks" / "models.py"

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 
+from forwardgrad._diagnose import diagnose as diagnose
+from forwardgrad._diagnosis import Diagnosis as Diagnosis
+from forwardgrad._diagnosis import DiagnosisRow as DiagnosisRow
 from forwardgrad._errors import InputError as InputError
 from forwardgrad._losses import Losses as Losses
 from forwardgrad._value_and_grad import value_and_grad as value_and_grad
@@ -19,11 +22,14 @@ __all__ = [
     "AbstractEstimator",
     "ActivityPerturbation",
     "Backpropagation",
+    "Diagnosis",
+    "DiagnosisRow",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
     "InputError",
     "Losses",
     "WeightPerturbation",
     "activation",
+    "diagnose",
     "value_and_grad",
 ]

@@ -63,7 +63,7 @@ def value_and_grad(
         )
 
     def evaluate(params, *args, key: Key[Array, ""] | None = None, **kwargs):
-        params = _checked_params(params)
+        params = checked_params(params)
         if estimator.needs_key and key is None:
             raise InputError(
                 f"key is missing: {type(estimator).__name__} is random; "
@@ -81,7 +81,13 @@ def value_and_grad(
     return evaluate
 
 
-def _checked_params(params: PyTree) -> PyTree[Array]:
+def checked_params(params: PyTree) -> PyTree[Array]:
+    """`params` with every leaf an array.
+
+    **Raises:**
+
+    `InputError` if a leaf is not a floating-point array, or there is none.
+    """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if not leaves:
         raise InputError("params holds no arrays: nothing to differentiate with respect to")

@@ -16,6 +16,7 @@ commands:
   reproduce   a paper's experiment:    forwardgrad reproduce toy
                                        (forwardgrad reproduce lists them)
   compare     all algorithms:          forwardgrad compare
+  diagnose    gradients' bias, noise:  forwardgrad diagnose --algorithms fg-w fg-a
 
 forwardgrad COMMAND --help shows a command's options. forwardgrad --version shows the version.
 """
@@ -75,4 +76,8 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from forwardgrad.cli._reproduce import compare
 
         return compare
-    raise unknown_name("command", name, ("train", "reproduce", "compare"))
+    if name == "diagnose":
+        from forwardgrad.cli._diagnose import diagnose
+
+        return diagnose
+    raise unknown_name("command", name, ("train", "reproduce", "compare", "diagnose"))

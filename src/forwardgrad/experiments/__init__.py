@@ -2,6 +2,8 @@
 
 from forwardgrad._provenance import provenance as provenance
 from forwardgrad.experiments._ablation import ABLATION
+from forwardgrad.experiments._diagnose import DiagnoseOptions as DiagnoseOptions
+from forwardgrad.experiments._diagnose import run_diagnose as run_diagnose
 from forwardgrad.experiments._experiment import Experiment as Experiment
 from forwardgrad.experiments._measure import Step as Step
 from forwardgrad.experiments._measure import interleave as interleave
@@ -14,15 +16,17 @@ from forwardgrad.experiments._scaling import stacked as stacked
 from forwardgrad.experiments._tables import COMPARE as COMPARE
 from forwardgrad.experiments._tables import TABLE3, TABLE4
 from forwardgrad.experiments._toy import TOY
+from forwardgrad.experiments._variance import VARIANCE
 
 EXPERIMENTS: dict[str, Experiment] = {
-    e.name: e for e in (TOY, *MNIST, SCALING, TABLE3, TABLE4, ABLATION)
+    e.name: e for e in (TOY, *MNIST, SCALING, TABLE3, TABLE4, ABLATION, VARIANCE)
 }
 """Experiments by the name that `forwardgrad reproduce` knows them by."""
 
 __all__ = [
     "COMPARE",
     "EXPERIMENTS",
+    "DiagnoseOptions",
     "Experiment",
     "Step",
     "checkpointed_mlp_loss",
@@ -30,5 +34,6 @@ __all__ = [
     "mlp_loss",
     "mlp_problem",
     "provenance",
+    "run_diagnose",
     "stacked",
 ]

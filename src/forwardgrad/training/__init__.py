@@ -6,16 +6,20 @@ from forwardgrad.training._config import TrainConfig as TrainConfig
 from forwardgrad.training._interrupt import Interrupted as Interrupted
 from forwardgrad.training._loop import fit as fit
 from forwardgrad.training._loop import load_run as load_run
+from forwardgrad.training._problem import Problem as Problem
+from forwardgrad.training._problem import problem as problem
 from forwardgrad.training._readout import fit_readout as fit_readout
 from forwardgrad.training._readout import readout_file as readout_file
 
 __all__ = [
     "ALGORITHMS",
     "Interrupted",
+    "Problem",
     "TrainConfig",
     "fit",
     "fit_readout",
     "load_run",
+    "problem",
     "readout_file",
     "resolve",
 ]

@@ -35,11 +35,13 @@ class Run:
         row = algorithm(config.algorithm)
         network = build_network(config, self.data, weights_key)
         params, self._static = eqx.partition(network, eqx.is_inexact_array)
+        self.estimator = row.estimator(config)
         self.objective, self.inputs = row.objective(config), make_inputs(config, self.data)
 
         self.feeds = make_feeds(self.data.train, config.batch_size, order_key, config.seed)
         self.steps_per_epoch = len(self.data.train) // config.batch_size
         self.examples_per_step = config.batch_size * self.inputs.views
+        self.keys = (jax.random.fold_in(seed, 0), step_key)
         self.steps = config.iterations or config.epochs * self.steps_per_epoch
         self.learning_rate = schedule(config, self.steps)
         transformation = optimiser(config, self.steps)
@@ -47,9 +49,9 @@ class Run:
         self.advance = make_advance(
             self.loss,
             self.inputs,
-            row.estimator(config),
+            self.estimator,
             transformation,
-            (jax.random.fold_in(seed, 0), step_key),
+            self.keys,
             parts=config.accumulate,
             compiled_loop=not slow_in_loops(self._on_batch, params, step_key),
         )

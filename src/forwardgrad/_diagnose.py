@@ -1,0 +1,187 @@
+"""Estimates of a gradient held against the exact one: direction, bias, variance, cost."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Key, PyTree
+
+from forwardgrad._diagnosis import Diagnosis
+from forwardgrad._errors import InputError
+from forwardgrad._moments import products_of_samples, row
+from forwardgrad._value_and_grad import checked_params, value_and_grad
+from forwardgrad.estimators import AbstractEstimator, Backpropagation
+from forwardgrad.estimators._base import Objective
+
+FORWARD_LIMIT = 10_000
+"""Up to so many parameters the exact gradient may come from forward mode, a pass for each."""
+
+FORWARD_BATCH = 64
+"""Forward passes at once."""
+
+
+def diagnose(
+    fun: Callable[..., Any],
+    estimator: AbstractEstimator,
+    params: PyTree,
+    *args: Any,
+    key: Key[Array, ""],
+    samples: int = 256,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> Diagnosis:
+    """Compare an estimator's gradients of `fun` with the exact one, layer by layer.
+
+    Estimates are drawn one pair after another and only sums are kept, so that the memory is that
+    of a few gradients, however many samples there are. The exact gradient is that of
+    backpropagation; where `fun` has no reverse mode (a `while_loop`), that of forward mode, with a
+    pass for each of at most 10,000 parameters.
+
+    Nothing is timed: of the cost it says what XLA counts in the compiled gradients.
+
+    **Arguments:**
+
+    - `fun`, `has_aux`: as for [`forwardgrad.value_and_grad`][].
+    - `estimator`: for instance [`forwardgrad.WeightPerturbation`][].
+    - `params`, `args`, `kwargs`: what `fun` is called with.
+    - `key`: a random key, from which one for each sample is split.
+    - `samples`: the number of estimates, even and at least 4. An estimator that draws no random
+        numbers is called twice instead.
+
+    **Returns:**
+
+    The diagnosis: cosine, bias, variance of every array of parameters and of all together, as
+    [`forwardgrad.DiagnosisRow`][] defines them, and the cost. `print` it for a table.
+
+    **Raises:**
+
+    `InputError` if `samples` is odd or less than 4, if there are too many parameters for forward
+    mode where it is needed, and where `value_and_grad` raises it.
+
+    >>> import forwardgrad as fg, jax, jax.numpy as jnp
+    >>> found = fg.diagnose(
+    ...     lambda w: jnp.sum(w**2),
+    ...     fg.WeightPerturbation(),
+    ...     jnp.array([1.0, 2.0, 3.0]),
+    ...     key=jax.random.key(0),
+    ...     samples=1000,
+    ... )
+    >>> round(found.total.relative_variance, 1)  # one less than the number of parameters
+    2.0
+    """
+    if not isinstance(samples, int) or samples < 4 or samples % 2:
+        raise InputError(f"samples must be an even number of at least 4, got {samples!r}")
+    params = checked_params(params)
+    gradient = _Gradient(value_and_grad(fun, estimator, has_aux=has_aux), params, args, kwargs, key)
+    exact, reverse = _exact(fun, has_aux, params, args, kwargs, key)
+    drawn = samples if estimator.needs_key else 2
+    sums = products_of_samples(gradient, exact, jax.random.split(key, drawn))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path) or "params" for path, _ in leaves]
+    sizes = [leaf.size for _, leaf in leaves]
+    unit = max(float(jnp.finfo(leaf.dtype).eps) for _, leaf in leaves)
+    return Diagnosis(
+        estimator=repr(estimator),
+        samples=drawn,
+        layers=tuple(
+            row(name, size, sums.of([i]), unit)
+            for i, (name, size) in enumerate(zip(names, sizes, strict=True))
+        ),
+        total=row("all", sum(sizes), sums.of(range(len(sizes))), unit),
+        flops=gradient.flops,
+        exact_flops=reverse.flops if reverse else None,
+        temp_bytes=gradient.temp_bytes,
+        exact_temp_bytes=reverse.temp_bytes if reverse else None,
+    )
+
+
+class _Gradient:
+    """A compiled gradient: its leaves for a key, in single precision at least, and its cost."""
+
+    def __init__(self, gradient: Callable, params: PyTree, args: tuple, kwargs: dict, key: Array):
+        # What is no array stays as it is, a flag or a function.
+        arrays, static = eqx.partition((args, kwargs), _is_array)
+
+        def leaves(params, arrays, key):
+            args, kwargs = eqx.combine(arrays, static)
+            _, grads = gradient(params, *args, key=key, **kwargs)
+            return [_widened(leaf) for leaf in jax.tree.leaves(grads)]
+
+        self._inputs = params, arrays
+        self._compiled = jax.jit(leaves).lower(params, arrays, key).compile()
+
+    def __call__(self, key: Array) -> list[Array]:
+        return self._compiled(*self._inputs, key)
+
+    @property
+    def flops(self) -> float | None:
+        analysis = self._compiled.cost_analysis()
+        return None if analysis is None else analysis.get("flops")
+
+    @property
+    def temp_bytes(self) -> int | None:
+        analysis = self._compiled.memory_analysis()
+        return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _widened(leaf: Array) -> Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _exact(
+    fun: Callable, has_aux: bool, params: PyTree, args: tuple, kwargs: dict, key: Array
+) -> tuple[list[Array], _Gradient | None]:
+    """The exact gradient, and backpropagation where that is what it comes from."""
+
+    def by(estimator):
+        return _Gradient(value_and_grad(fun, estimator, has_aux=has_aux), params, args, kwargs, key)
+
+    try:
+        reverse = by(Backpropagation())
+    except ValueError as error:
+        if "everse-mode" not in str(error):
+            raise
+    else:
+        return reverse(key), reverse
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if size > FORWARD_LIMIT:
+        raise InputError(
+            f"params (={size:,} numbers) must be no more than {FORWARD_LIMIT:,} where fun has no "
+            "reverse mode: its exact gradient then takes a forward pass for each"
+        )
+    return by(_ExactForward())(key), None
+
+
+class _ExactForward(AbstractEstimator):
+    """The exact gradient by forward mode, a pass for each parameter."""
+
+    @property
+    def needs_key(self) -> bool:
+        """False."""
+        return False
+
+    def value_and_grad(
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        """The objective's value and its exact gradient."""
+        del key
+        flat, unravel = ravel_pytree(params)
+
+        def total(flat):
+            losses, aux = fun(unravel(flat))
+            return losses.total(), aux
+
+        def along(i):
+            basis = jnp.zeros_like(flat).at[i].set(1)
+            return jax.jvp(total, (flat,), (basis,), has_aux=True)[1]
+
+        grads = jax.lax.map(along, jnp.arange(flat.size), batch_size=FORWARD_BATCH)
+        return total(flat), unravel(grads)
