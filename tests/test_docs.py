@@ -17,6 +17,7 @@ import pytest
 import tyro
 from markdown.extensions.toc import slugify
 
+from forwardgrad.cli._report import ReportOptions
 from forwardgrad.experiments import COMPARE, EXPERIMENTS
 from forwardgrad.rewrite._walk import RULES
 from forwardgrad.training import TrainConfig
@@ -122,6 +123,8 @@ def test_command_is_one(words, monkeypatch):
             tyro.cli(COMPARE.options, args=options)
         case ["forwardgrad", "reproduce", name, *options]:
             tyro.cli(EXPERIMENTS[name].options, args=options)
+        case ["forwardgrad", "report", *options]:
+            tyro.cli(ReportOptions, args=options)
         case ["python", script, *options]:
             monkeypatch.syspath_prepend(str((ROOT / script).parent))
             tyro.cli(importlib.import_module(Path(script).stem).Options, args=options)

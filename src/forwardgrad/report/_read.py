@@ -129,12 +129,13 @@ def _cell(path: Path, cell: Any, heads: tuple[str, ...]) -> Cell:
     cell = cell if isinstance(cell, dict) else {}
     error = number(cell.get("test_error"))
     column = " ".join(str(cell[k]) for k in ("column", "task", "dataset") if k in cell)
-    if error is None or not column or not {"algorithm", "seed"} <= set(cell):
+    known = "algorithm" in cell and isinstance(cell.get("seed"), int)
+    if error is None or not column or not known:
         raise InputError(
             f"{path} is damaged: expected cells with column, algorithm, seed and test_error"
         )
     return Cell(
-        Place(column, tuple(_text(cell.get(head)) for head in heads), int(cell["seed"])),
+        Place(column, tuple(_text(cell.get(head)) for head in heads), cell["seed"]),
         error,
         number(cell.get("train_error")),
         number(cell.get("seconds")),

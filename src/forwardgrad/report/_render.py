@@ -23,7 +23,7 @@ def html(report: Report) -> str:
 
 def markdown(report: Report, files: str) -> str:
     """A file that shows the pictures in the folder `files` beside it."""
-    environment = _environment(autoescape=False, finalize=_as_markdown, trim_blocks=True)
+    environment = _environment(autoescape=False, finalize=_as_markdown)
     environment.filters["fenced"] = _fenced
     environment.filters["url"] = lambda name: Markup(urllib.parse.quote(name))
     text = environment.get_template("template.md.j2").render(report=report, files=files)
@@ -48,6 +48,7 @@ def _environment(**options: Any) -> jinja2.Environment:
         loader=jinja2.FunctionLoader(template),
         undefined=jinja2.StrictUndefined,
         lstrip_blocks=True,
+        trim_blocks=True,
         **options,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from forwardgrad._errors import InputError
-from forwardgrad._files import write_bytes, write_text
+from forwardgrad._files import write_bytes
 from forwardgrad.report._build import build
 from forwardgrad.report._collect import collect
 from forwardgrad.report._render import html, markdown, pictures
@@ -56,6 +56,7 @@ def write(report: Report, out: Path) -> Path:
     page, text, images = html(report), markdown(report, files.name), pictures(report)
     for name, data in images.items():
         write_bytes(files / name, data)
-    write_text(out.with_suffix(".md"), text)
-    write_text(out, page)
+    # A folder's name need not be Unicode.
+    write_bytes(out.with_suffix(".md"), text.encode("utf-8", "replace"))
+    write_bytes(out, page.encode("utf-8", "replace"))
     return out
