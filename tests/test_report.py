@@ -390,7 +390,10 @@ def test_a_run_of_another_version_is_reported_without_a_command():
 def test_all_runs_has_the_cells_that_have_no_folder_of_their_own():
     column = "mnist s/1/1"
     store_table(Path("t"), [cell(column, "bp", seed) for seed in (0, 1)], seeds=2)
-    store_run(Path("t/runs/x"), dataset="mnist", network="s/1/1", algorithm="bp", seed=1)
+    task = {"task": "contrastive"}
+    store_run(
+        Path("t/runs/x"), dataset="mnist", network="s/1/1", algorithm="bp", seed=1, extra=task
+    )
     store_run(Path("alone"), dataset="mnist", network="s/1/1", algorithm="bp", seed=1)
     report = read(["t", "alone"], DATE)
     assert [(run.texts[2], run.texts[-1]) for run in report.runs] == [

@@ -124,15 +124,14 @@ def _columns(table: Table) -> list[str]:
 
 def _selections(table: Table, tables: Sequence[Table]) -> dict[str, tuple[str, ...]]:
     """The columns of a complete table, by what `--columns` calls them."""
-    known = {
-        name: tuple(column.name for column in columns)
-        for name, columns in PAPERS.get(table.experiment, {}).items()
-    }
+    papers = PAPERS.get(table.experiment, {})
+    known = {name: tuple(c.name for c in columns) for name, columns in papers.items()}
     kin = [other for other in tables if other.experiment == table.experiment]
     begun = {name for other in kin for name in _begun(other, known)}
     selected = _begun(table, known)
     if table is kin[0]:
-        selected += [name for name in known if name not in begun]
+        numbered = [name for name, columns in papers.items() if any(c.paper for c in columns)]
+        selected += [name for name in numbered if name not in begun]
     stored = dict.fromkeys(cell.place.column for cell in table.cells)
     return {name: known.get(name) or _matching(name, stored) for name in selected}
 

@@ -1,6 +1,6 @@
 """Learning curves, and cost against accuracy."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,22 +37,7 @@ def curves(collection: Collection) -> tuple[Group, ...]:
 
 def costs(collection: Collection) -> tuple[Group, ...]:
     """Seconds of training against test error: each column of a table, and the runs beside them."""
-    found = []
-    for table in collection.tables:
-        folder = table.path.parent.as_posix()
-        columns: dict[str, list[Cost]] = {}
-        for (column, row), cells in by_place(table.cells).items():
-            ends = [(c.seconds, c.test_error) for c in cells]
-            label = " ".join(filter(None, row))
-            _add(columns.setdefault(column, []), label, row[0], 0, ends)
-        found += [(f"{column}, {folder}", points) for column, points in columns.items()]
-    alone = [r for r in collection.runs if not any(in_table(r, t) for t in collection.tables)]
-    for column, runs in _by_column([r for r in alone if r.state == "finished"]).items():
-        points: list[Cost] = []
-        for label, same, variant in _alike(runs):
-            ends = [(number(r.summary.get("seconds")), r.summary["test_error"]) for r in same]
-            _add(points, label, same[0].algorithm, variant, ends)
-        found.append((f"{column}, single runs", points))
+    found = [*_of_tables(collection), *_of_runs(collection)]
     shown = [(name, points) for name, points in found if len(points) > 1]
     return tuple(_cost(f"cost-{i}", *each) for i, each in enumerate(shown, 1))
 
@@ -64,6 +49,31 @@ def pareto(points: Sequence[Point]) -> list[bool]:
     [True, True, False, False]
     """
     return [not any(x <= a and y <= b and (x, y) != (a, b) for x, y in points) for a, b in points]
+
+
+def _of_tables(collection: Collection) -> Iterator[tuple[str, list[Cost]]]:
+    for table in collection.tables:
+        columns: dict[str, list[Cost]] = {}
+        for (column, row), cells in by_place(table.cells).items():
+            ends = [(c.seconds, c.test_error) for c in cells]
+            label = " ".join(filter(None, row))
+            _add(columns.setdefault(column, []), label, row[0], 0, ends)
+        folder = table.path.parent.as_posix()
+        yield from ((f"{column}, {folder}", points) for column, points in columns.items())
+
+
+def _of_runs(collection: Collection) -> Iterator[tuple[str, list[Cost]]]:
+    alone = [
+        run
+        for run in collection.runs
+        if run.state == "finished" and not any(in_table(run, table) for table in collection.tables)
+    ]
+    for column, runs in _by_column(alone).items():
+        points: list[Cost] = []
+        for label, same, variant in _alike(runs):
+            ends = [(number(r.summary.get("seconds")), r.summary["test_error"]) for r in same]
+            _add(points, label, same[0].algorithm, variant, ends)
+        yield f"{column}, single runs", points
 
 
 def _by_column(runs: Iterable[Run]) -> dict[str, list[Run]]:

@@ -48,9 +48,8 @@ def unfinished(collection: Collection, problems: list[str]) -> tuple[Unfinished,
 
 def in_table(run: Run, table: Table) -> bool:
     """Whether a run is that of one of the table's cells."""
-    place = (run.column, (run.algorithm,), run.settings["seed"])
     inside = (table.path.parent / "runs").resolve() in run.folder.resolve().parents
-    return inside and any(cell.place == place for cell in table.cells)
+    return inside and any(cell.place == run.place for cell in table.cells)
 
 
 def _progress(run: Run) -> str:
@@ -65,9 +64,8 @@ def _progress(run: Run) -> str:
 
 
 def _without_folder(table: Table, collection: Collection) -> Iterator[Cell]:
-    own = [run for run in collection.runs if in_table(run, table)]
-    places = {(run.column, (run.algorithm,), run.settings["seed"]) for run in own}
-    yield from (cell for cell in table.cells if tuple(cell.place) not in places)
+    own = {run.place for run in collection.runs if in_table(run, table)}
+    yield from (cell for cell in table.cells if cell.place not in own)
 
 
 def _of_run(run: Run) -> RunView:

@@ -88,11 +88,17 @@ class Run:
         return self.settings["algorithm"]
 
     @property
+    def place(self) -> Place:
+        """Where the run stands in a table that it belongs to."""
+        column = f"{self.settings['dataset']} {self.settings['network']}"
+        return Place(column, (self.algorithm,), self.settings["seed"])
+
+    @property
     def column(self) -> str:
         """Data set and network, as a table's column is headed; the task before, unless usual."""
         task = self.settings.get("task", "supervised")
         prefix = "" if task == "supervised" else f"{task} "
-        return f"{prefix}{self.settings['dataset']} {self.settings['network']}"
+        return prefix + self.place.column
 
 
 @dataclasses.dataclass(frozen=True)
