@@ -342,6 +342,29 @@ def test_an_ablation_has_its_switches_as_heads():
     assert gap.command == "forwardgrad reproduce ablation --seeds 2 --epochs 5 --out t"
 
 
+def test_an_ablation_lacks_what_its_options_ask_for():
+    """Where they list all that its cells are told by."""
+    lists = {"tasks": ["supervised"], "settings": ["a", "b"], "variants": ["all"], "groups": [1, 4]}
+    cells = [
+        {"task": "supervised", "setting": "a", "variant": "all", "groups": 4, "seed": seed,
+         "test_error": 3.0, "seconds": 4.0}
+        for seed in (0, 2)
+    ]  # fmt: skip
+    value = {"experiment": "ablation", "options": {**lists, "seeds": 2}, **ORIGIN}
+    store(Path("t/ablation.json"), {**value, "cells": cells, "table": []})
+    (view,) = read(["t"], DATE).tables
+    assert (view.heads, view.columns) == (("variant", "groups"), ("supervised a",))
+    (gap,) = view.gaps
+    every = itertools.product(["a", "b"], ["1", "4"], [0, 1])
+    assert set(gap.places) == {
+        Place(f"supervised {setting}", ("all", groups), seed) for setting, groups, seed in every
+    } - {Place("supervised a", ("all", "4"), 0)}
+    assert gap.command == (
+        "forwardgrad reproduce ablation --seeds 2 --tasks supervised --settings a b "
+        "--variants all --groups 1 4 --out t"
+    )
+
+
 # Runs
 
 

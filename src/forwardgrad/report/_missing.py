@@ -1,6 +1,7 @@
 """The cells that a table lacks, and the commands that fill them."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -107,13 +108,24 @@ def _rest(table: Table, but: set[str]) -> dict[str, Any]:
 
 
 def _of_ablation(table: Table) -> Iterator[Gap]:
-    """Its options say what to vary; of what was begun, the seeds that are missing."""
+    """What its options ask for; where they do not say it, the seeds of what was begun."""
     stored = {cell.place for cell in table.cells}
-    begun = dict.fromkeys((cell.place.column, cell.place.row) for cell in table.cells)
-    every = [Place(*place, seed) for place in begun for seed in seeds(table)]
+    asked = _asked(table)
+    count = len(seeds(table)) if asked is None else int(table.options.get("seeds", 1))
+    wanted = asked or dict.fromkeys(cell.place[:2] for cell in table.cells)
+    every = [Place(*place, seed) for seed in range(count) for place in wanted]
     if missing := tuple(place for place in every if place not in stored):
-        options = {"seeds": len(seeds(table)), **_rest(table, {"seeds"})}
+        options = {"seeds": count, **_rest(table, {"seeds"})}
         yield Gap(missing, command(["reproduce", ABLATION], options))
+
+
+def _asked(table: Table) -> list[tuple[str, tuple[str, ...]]] | None:
+    """All combinations of the options that list the parts of columns and rows."""
+    lists = [names(table, f"{key.removesuffix('s')}s") for key in (*table.column, *table.heads)]
+    if not lists or not all(lists):
+        return None
+    count = len(table.column)
+    return [(" ".join(each[:count]), each[count:]) for each in itertools.product(*lists)]
 
 
 def _columns(table: Table) -> list[str]:

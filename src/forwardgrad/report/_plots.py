@@ -52,12 +52,11 @@ def pareto(points: Sequence[Point]) -> list[bool]:
 
 
 def _of_tables(collection: Collection) -> Iterator[tuple[str, list[Cost]]]:
-    for table in collection.tables:
+    for table in (t for t in collection.tables if t.heads == ("algorithm",)):
         columns: dict[str, list[Cost]] = {}
         for (column, row), cells in by_place(table.cells).items():
             ends = [(c.seconds, c.test_error) for c in cells]
-            label = " ".join(filter(None, row))
-            _add(columns.setdefault(column, []), label, row[0], 0, ends)
+            _add(columns.setdefault(column, []), row[0], row[0], 0, ends)
         folder = table.path.parent.as_posix()
         yield from ((f"{column}, {folder}", points) for column, points in columns.items())
 

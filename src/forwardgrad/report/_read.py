@@ -15,7 +15,10 @@ GRIDS = ("table3", "table4", "compare")
 """Experiments whose cells have a column and an algorithm."""
 
 ABLATION = "ablation"
-ABLATION_ROW = ("algorithm", "network", "groups", "blockwise", "patchwise", "groupwise")
+
+COLUMN = ("column", "task", "dataset", "setting")
+ROW = ("algorithm", "network", "variant", "groups", "blockwise", "patchwise", "groupwise")
+"""What may tell the columns and the rows of a table from each other, where its cells have it."""
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 
@@ -58,10 +61,8 @@ def read_result(path: Path) -> Table | Other | None:
     name = value.get("experiment", value.get("benchmark"))
     if not isinstance(name, str):
         return None
-    if name == ABLATION:
-        return _table(path, name, value, ABLATION_ROW)
-    if name in GRIDS or _has_columns(value.get("cells")):
-        return _table(path, name, value, ("algorithm",))
+    if name in (*GRIDS, ABLATION) or _has_columns(value.get("cells")):
+        return _table(path, name, value)
     return Other(path, name, _origin(value), _picture(path.with_suffix(".png")))
 
 
@@ -111,31 +112,37 @@ def _has_columns(cells: Any) -> bool:
     return isinstance(cells, list) and any(isinstance(c, dict) and "column" in c for c in cells)
 
 
-def _table(path: Path, name: str, value: Mapping[str, Any], heads: tuple[str, ...]) -> Table:
+def _table(path: Path, name: str, value: Mapping[str, Any]) -> Table:
     options, cells = value.get("options"), value.get("cells")
     if not isinstance(options, dict) or not isinstance(cells, list):
         raise InputError(f"{path} is damaged: expected options and cells")
     rows = value.get("table")
     paper = {
-        (str(row.get("column")), str(row.get("algorithm"))): float(row["paper"])
-        for row in (rows if isinstance(rows, list) else ())
-        if isinstance(row, dict) and number(row.get("paper")) is not None
+        (str(entry.get("column")), str(entry.get("algorithm"))): float(entry["paper"])
+        for entry in (rows if isinstance(rows, list) else ())
+        if isinstance(entry, dict) and number(entry.get("paper")) is not None
     }
-    made = tuple(_cell(path, cell, heads) for cell in cells)
-    return Table(path, name, heads, options, _origin(value), made, paper)
+    column, row = ("column",), ("algorithm",)
+    if name == ABLATION:
+        first = cells[0] if cells and isinstance(cells[0], dict) else {}
+        column, row = (tuple(key for key in kind if key in first) for kind in (COLUMN, ROW))
+    made = tuple(_cell(path, cell, column, row) for cell in cells)
+    return Table(path, name, column, row, options, _origin(value), made, paper)
 
 
-def _cell(path: Path, cell: Any, heads: tuple[str, ...]) -> Cell:
+def _cell(path: Path, cell: Any, column: tuple[str, ...], row: tuple[str, ...]) -> Cell:
     cell = cell if isinstance(cell, dict) else {}
-    error = number(cell.get("test_error"))
-    column = " ".join(str(cell[k]) for k in ("column", "task", "dataset") if k in cell)
-    known = "algorithm" in cell and isinstance(cell.get("seed"), int)
-    if error is None or not column or not known:
+    error, seed = number(cell.get("test_error")), cell.get("seed")
+    told = bool(column and row) and {*column, row[0]} <= set(cell)
+    if error is None or not isinstance(seed, int) or not told:
         raise InputError(
             f"{path} is damaged: expected cells with column, algorithm, seed and test_error"
         )
+    place = Place(
+        " ".join(str(cell[key]) for key in column), tuple(_text(cell.get(key)) for key in row), seed
+    )
     return Cell(
-        Place(column, tuple(_text(cell.get(head)) for head in heads), cell["seed"]),
+        place,
         error,
         number(cell.get("train_error")),
         number(cell.get("seconds")),

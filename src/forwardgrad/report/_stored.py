@@ -57,12 +57,14 @@ class Cell:
 class Table:
     """A file of cells.
 
-    `heads` says what the parts of a row are; in all tables but the ablation's that is one, the
-    algorithm. `paper` has the paper's test errors by column and algorithm.
+    `column` and `heads` say what the names of the columns and the parts of the rows are: an
+    ablation has several, any other table a column and an algorithm. `paper` has the paper's test
+    errors by these.
     """
 
     path: Path
     experiment: str
+    column: tuple[str, ...]
     heads: tuple[str, ...]
     options: Mapping[str, Any]
     origin: Origin
