@@ -53,9 +53,7 @@ def gaps(table: Table, tables: Sequence[Table]) -> tuple[Gap, ...]:
 
 def seeds(table: Table) -> range:
     """The seeds of a table that is complete."""
-    asked = table.options.get("seeds")
-    stored = [cell.place.seed + 1 for cell in table.cells]
-    return range(max([asked if isinstance(asked, int) else 1, *stored]))
+    return range(max([_seeds_asked(table), *(cell.place.seed + 1 for cell in table.cells)]))
 
 
 def algorithms(table: Table) -> list[str]:
@@ -69,6 +67,11 @@ def names(table: Table, option: str) -> list[str]:
     """An option that is a list of names."""
     value = table.options.get(option)
     return [str(name) for name in value] if isinstance(value, list) else []
+
+
+def _seeds_asked(table: Table) -> int:
+    asked = table.options.get("seeds")
+    return asked if isinstance(asked, int) else 1
 
 
 def _grouped(table: Table, selections: Mapping[str, Sequence[str]]) -> Iterator[Gap]:
@@ -111,7 +114,7 @@ def _of_ablation(table: Table) -> Iterator[Gap]:
     """What its options ask for; where they do not say it, the seeds of what was begun."""
     stored = {cell.place for cell in table.cells}
     asked = _asked(table)
-    count = len(seeds(table)) if asked is None else int(table.options.get("seeds", 1))
+    count = len(seeds(table)) if asked is None else _seeds_asked(table)
     wanted = asked or dict.fromkeys(cell.place[:2] for cell in table.cells)
     every = [Place(*place, seed) for seed in range(count) for place in wanted]
     if missing := tuple(place for place in every if place not in stored):
