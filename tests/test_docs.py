@@ -17,6 +17,8 @@ import pytest
 import tyro
 from markdown.extensions.toc import slugify
 
+from forwardgrad.cli._readout import ReadoutOptions
+from forwardgrad.cli._report import ReportOptions
 from forwardgrad.experiments import COMPARE, EXPERIMENTS, DiagnoseOptions
 from forwardgrad.rewrite._walk import RULES
 from forwardgrad.training import TrainConfig
@@ -118,12 +120,16 @@ def test_command_is_one(words, monkeypatch):
     match words:
         case ["forwardgrad", "train", *options]:
             tyro.cli(TrainConfig, args=options)
+        case ["forwardgrad", "readout", *options]:
+            tyro.cli(ReadoutOptions, args=options)
         case ["forwardgrad", "compare", *options]:
             tyro.cli(COMPARE.options, args=options)
         case ["forwardgrad", "diagnose", *options]:
             tyro.cli(DiagnoseOptions, args=options)
         case ["forwardgrad", "reproduce", name, *options]:
             tyro.cli(EXPERIMENTS[name].options, args=options)
+        case ["forwardgrad", "report", *options]:
+            tyro.cli(ReportOptions, args=options)
         case ["python", script, *options]:
             monkeypatch.syspath_prepend(str((ROOT / script).parent))
             tyro.cli(importlib.import_module(Path(script).stem).Options, args=options)

@@ -1,5 +1,6 @@
 """The command `forwardgrad`: which part of it is meant, and what becomes of errors."""
 
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
@@ -13,13 +14,28 @@ Train neural networks without backpropagation.
 
 commands:
   train       train a network:         forwardgrad train --dataset mnist --network mlp
+  readout     read classes out of a    forwardgrad readout runs/contrastive
+              contrastive run:
   reproduce   a paper's experiment:    forwardgrad reproduce toy
                                        (forwardgrad reproduce lists them)
   compare     all algorithms:          forwardgrad compare
   diagnose    gradients' bias, noise:  forwardgrad diagnose --algorithms fg-w fg-a
+  report      one page of stored runs: forwardgrad report
+  data        look at the data:        forwardgrad data show --dataset cifar10
 
 forwardgrad COMMAND --help shows a command's options. forwardgrad --version shows the version.
 """
+
+MODULES = {
+    "train": "_train",
+    "readout": "_readout",
+    "reproduce": "_reproduce",
+    "compare": "_reproduce",
+    "diagnose": "_diagnose",
+    "report": "_report",
+    "data": "_data",
+}
+"""Where the function of each command is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,21 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
+    if name not in MODULES:
+        raise unknown_name("command", name, MODULES)
     # Imported when it is known which, because JAX takes seconds.
-    if name == "train":
-        from forwardgrad.cli._train import train
-
-        return train
-    if name == "reproduce":
-        from forwardgrad.cli._reproduce import reproduce
-
-        return reproduce
-    if name == "compare":
-        from forwardgrad.cli._reproduce import compare
-
-        return compare
-    if name == "diagnose":
-        from forwardgrad.cli._diagnose import diagnose
-
-        return diagnose
-    raise unknown_name("command", name, ("train", "reproduce", "compare", "diagnose"))
+    return getattr(importlib.import_module(f"forwardgrad.cli.{MODULES[name]}"), name)
