@@ -17,6 +17,7 @@ import pytest
 import tyro
 from markdown.extensions.toc import slugify
 
+from forwardgrad.cli._data import ShowOptions
 from forwardgrad.experiments import COMPARE, EXPERIMENTS
 from forwardgrad.rewrite._walk import RULES
 from forwardgrad.training import TrainConfig
@@ -118,6 +119,8 @@ def test_command_is_one(words, monkeypatch):
     match words:
         case ["forwardgrad", "train", *options]:
             tyro.cli(TrainConfig, args=options)
+        case ["forwardgrad", "data", "show", *options]:
+            tyro.cli(ShowOptions, args=options)
         case ["forwardgrad", "compare", *options]:
             tyro.cli(COMPARE.options, args=options)
         case ["forwardgrad", "reproduce", name, *options]:

@@ -16,6 +16,7 @@ commands:
   reproduce   a paper's experiment:    forwardgrad reproduce toy
                                        (forwardgrad reproduce lists them)
   compare     all algorithms:          forwardgrad compare
+  data        augmented images:        forwardgrad data show --augment simclr
 
 forwardgrad COMMAND --help shows a command's options. forwardgrad --version shows the version.
 """
@@ -75,4 +76,8 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from forwardgrad.cli._reproduce import compare
 
         return compare
-    raise unknown_name("command", name, ("train", "reproduce", "compare"))
+    if name == "data":
+        from forwardgrad.cli._data import data
+
+        return data
+    raise unknown_name("command", name, ("train", "reproduce", "compare", "data"))
