@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 from PIL import Image
@@ -13,7 +14,10 @@ from PIL import Image
 import forwardgrad
 from data_helpers import encode, pixels, write_pair, write_parquet
 from forwardgrad import InputError, experiments
-from forwardgrad.cli import _diagnose, _main, _train, main
+from forwardgrad.augmentation import build
+from forwardgrad.cli import _data, _diagnose, _main, _sheet, _train, main
+from forwardgrad.cli._data import DESCRIPTION, ShowOptions
+from forwardgrad.data import load
 from forwardgrad.experiments import DiagnoseOptions
 from forwardgrad.training import TrainConfig
 
@@ -237,7 +241,8 @@ def test_diagnose_prints_a_block_for_each_algorithm(command):
     assert "files: out/: diagnosis.json, diagnosis.png" in out
     stored = json.loads(Path("out/diagnosis.json").read_text())
     assert stored["options"] == {
-        **{"dataset": "digits", "network": "logreg", "batch_size": 8, "seed": 0},
+        **{"task": "supervised", "dataset": "digits", "network": "logreg"},
+        **{"batch_size": 8, "seed": 0},
         "weights": "initial",
     }
     assert set(experiments.provenance()) <= set(stored)
@@ -294,6 +299,145 @@ def test_the_options_of_diagnose_are_explained(command):
         assert f"--{field.name.replace('_', '-')}" in out
     for example in re.findall(r"^  forwardgrad diagnose(.*)$", _diagnose.DESCRIPTION, re.M):
         tyro.cli(DiagnoseOptions, args=shlex.split(example))
+
+
+# Pictures of augmented images
+
+
+def test_the_data_commands_are_listed(command):
+    for line in ("data", "data --help"):
+        code, out, err = command(line)
+        assert (code, err) == (0, "")
+        assert re.search(r"\n  show +what an augmentation makes of images", out)
+
+
+def test_the_options_of_data_show_are_explained(command):
+    code, out, _ = command("data show --help")
+    assert code == 0
+    for field in dataclasses.fields(ShowOptions):
+        assert f"--{field.name.replace('_', '-')}" in out
+    for example in re.findall(r"^  forwardgrad data show(.*)$", DESCRIPTION, re.M):
+        tyro.cli(ShowOptions, args=shlex.split(example))
+
+
+def picture(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def test_data_show_draws_a_sheet(command):
+    """The rows and columns that there are, the images among them pixel by pixel."""
+    line = "data show --augment crop-flip --images 3 --seed 5"
+    code, out, err = command(f"{line} --out new/one.png")
+    assert (code, out, err) == (0, "picture: new/one.png\n", "")
+    one = picture("new/one.png")
+    assert command(f"{line} --out two.png")[0] == 0
+    np.testing.assert_array_equal(one, picture("two.png"))
+    assert command(f"{line.replace('5', '6')} --out two.png")[0] == 0
+    assert not np.array_equal(one, picture("two.png"))
+    assert sorted(path.name for path in Path().iterdir()) == ["new", "two.png"]
+
+    images, _ = _data._choose(load("digits"), 3, seed=5)
+    made = _sheet.rows(build("crop-flip"), images, seed=5)
+    assert [row.label for row in made] == [
+        "as they are",
+        "random crop",
+        "random flip,\nprobability 0.5",
+        "all of it,\nfirst draw",
+        "all of it,\nsecond draw",
+    ]
+    np.testing.assert_allclose(made[0].images, images / 255, atol=1e-7)
+    np.testing.assert_array_equal(made[2].images, made[0].images[:, :, ::-1])
+    assert not np.array_equal(made[3].images, made[4].images)
+    pixels = _sheet.montage([row.images for row in made])
+    assert pixels.shape == (5 * 100 - 4, 3 * 100 - 4, 3)
+    np.testing.assert_array_equal(pixels[:96:12, 100:196:12, 0], images[1, :, :, 0])
+    height, width, _ = pixels.shape
+    left, bottom = _sheet._LEFT, one.shape[0] - _sheet._MARGIN
+    np.testing.assert_array_equal(one[bottom - height : bottom, left : left + width], pixels)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "labels"),
+    [
+        ({"name": "none"}, (8, 8, 1), ["as they are"]),
+        (
+            {"name": "simclr", "blur": 0.25},
+            (8, 8, 3),
+            [
+                "resized crop",
+                "flip",
+                "jitter",
+                "grayscale",
+                "blur,\nprobability 0.25",
+                "all",
+                "all",
+            ],
+        ),
+        ({"name": "simclr"}, (8, 8, 1), ["resized crop", "flip", "jitter", "all", "all"]),
+        (
+            {"name": "simclr", "jitter": 0, "least_area": 1},
+            (64, 64, 3),
+            ["flip", "grayscale", "gaussian blur,\nsometimes", "all", "all"],
+        ),
+    ],
+)
+def test_what_changes_nothing_has_no_row(options, shape, labels):
+    images = np.random.default_rng(0).integers(0, 255, (2, *shape), np.uint8)
+    made = [row.label for row in _sheet.rows(build(**options), images, seed=0)]
+    labels = labels if labels[0] == "as they are" else ["as they are", *labels]
+    assert len(made) == len(labels)
+    assert all(part in label for part, label in zip(labels, made, strict=True))
+
+
+def test_images_are_chosen_from_files_as_well():
+    write_pair(Path("data/set"))
+    for limit in (0, 2**20):
+        dataset = load("set", "data", resident_limit=limit)
+        images, labels = _data._choose(dataset, 4, seed=1)
+        assert images.shape == (4, *dataset.image_shape)
+        assert labels.shape == (4,)
+        assert len(np.unique(images, axis=0)) == 4
+        np.testing.assert_array_equal(images, _data._choose(dataset, 4, seed=1)[0])
+
+
+def test_data_show_reads_files(command):
+    write_pair(Path("data/set"))
+    code, _, _ = command("data show --dataset set --data-dir data --augment none --images 2")
+    assert code == 0
+    assert picture("sheet.png").shape[1] > 2 * 96
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ("show --dataset digit", "dataset 'digit' is unknown; did you mean 'digits'"),
+        ("show --augment simcl", "augmentation 'simcl' is unknown; did you mean 'simclr'"),
+        ("show --augment none --blur 1", "blur (=1.0) is not a setting of augmentation 'none'"),
+        ("show --jitter 2", "jitter must be from 0 to 1, got 2.0"),
+        ("show --images 0", "images must be from 1 to 32, got 0"),
+        ("show --seed -1", "seed must not be negative, got -1"),
+        ("show --out sheet.jpg", "out must be a file with the ending .png, got sheet.jpg"),
+        ("shwo", "data command 'shwo' is unknown; did you mean 'show'"),
+    ],
+)
+def test_pictures_that_cannot_be_drawn(refused, options, match):
+    assert match in refused(f"data {options}")
+    assert list(Path().iterdir()) == []
+
+
+def test_a_picture_in_a_place_that_is_none(refused):
+    Path("file").write_text("")
+    assert "cannot write file/sheet.png: a part of the path is a file" in refused(
+        "data show --augment none --out file/sheet.png"
+    )
+
+
+def test_more_images_than_there_are(refused):
+    write_pair(Path("data/set"))
+    line = "data show --dataset set --data-dir data --augment none --images 30"
+    assert "images (=30) must be at most the number of training images, " in refused(line)
 
 
 # Experiments

@@ -17,6 +17,8 @@ import pytest
 import tyro
 from markdown.extensions.toc import slugify
 
+from forwardgrad.augmentation import AUGMENTATIONS
+from forwardgrad.cli._data import ShowOptions
 from forwardgrad.cli._readout import ReadoutOptions
 from forwardgrad.cli._report import ReportOptions
 from forwardgrad.experiments import COMPARE, EXPERIMENTS, DiagnoseOptions
@@ -96,7 +98,8 @@ def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    rules, printed, namespace = dict(RULES), None, {"__name__": "example"}
+    registries = [(registry, dict(registry)) for registry in (RULES, AUGMENTATIONS)]
+    printed, namespace = None, {"__name__": "example"}
     try:
         for language, code, line in blocks(page):
             if language == "text" and printed:
@@ -109,8 +112,9 @@ def test_python_runs(page, tmp_path, monkeypatch):
                     exec(source, namespace)
                 printed = out.getvalue()
     finally:
-        RULES.clear()
-        RULES.update(rules)
+        for registry, before in registries:
+            registry.clear()
+            registry.update(before)
 
 
 @pytest.mark.parametrize("words", list(commands()))
@@ -122,6 +126,8 @@ def test_command_is_one(words, monkeypatch):
             tyro.cli(TrainConfig, args=options)
         case ["forwardgrad", "readout", *options]:
             tyro.cli(ReadoutOptions, args=options)
+        case ["forwardgrad", "data", "show", *options]:
+            tyro.cli(ShowOptions, args=options)
         case ["forwardgrad", "compare", *options]:
             tyro.cli(COMPARE.options, args=options)
         case ["forwardgrad", "diagnose", *options]:

@@ -15,6 +15,7 @@ _DISK = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EACCES: "permission is denied",
     errno.EROFS: "the file system is read-only",
+    errno.EEXIST: "a part of the path is a file",
     errno.ENOTDIR: "a part of the path is a file",
 }
 
