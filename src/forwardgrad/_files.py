@@ -39,8 +39,8 @@ def writing(path: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise InputError(
-            f"cannot write {path}: {reason}; what was written before is kept, and --resume "
-            "continues from the last checkpoint"
+            f"cannot write {path}: {reason}; what was written before is kept, and a run continues "
+            "from its last checkpoint with --resume"
         ) from error
 
 

@@ -24,6 +24,7 @@ from forwardgrad.experiments._cells import over_seeds, trained
 from forwardgrad.experiments._experiment import Experiment, options_as_json, stored_cells
 from forwardgrad.experiments._figures import save
 from forwardgrad.training import TrainConfig
+from forwardgrad.training._config import Task
 
 SETTINGS: dict[str, tuple[str, str]] = {
     "mnist": ("mnist", "s/4"),
@@ -55,7 +56,7 @@ class AblationOptions:
 
     settings: tuple[str, ...] = ("mnist", "cifar10")
     """Data sets with networks: mnist (s/4), cifar10 (s/8), digits (s/2), paper (cifar10, m/8)."""
-    tasks: tuple[str, ...] = ("supervised",)
+    tasks: tuple[Task, ...] = ("supervised",)
     """supervised, contrastive."""
     groups: tuple[int, ...] = (1, 4, 16, 64)
     """Numbers of channel groups."""
@@ -111,7 +112,7 @@ def _check(options: AblationOptions) -> None:
         raise InputError(f"seeds must be at least 1, got {options.seeds}")
 
 
-def _order(options: AblationOptions) -> Iterator[tuple[str, str, str, int, int]]:
+def _order(options: AblationOptions) -> Iterator[tuple[Task, str, str, int, int]]:
     """Seed by seed: the figure is complete early, and gets more exact."""
     for seed in range(options.seeds):
         for task in options.tasks:
@@ -122,7 +123,7 @@ def _order(options: AblationOptions) -> Iterator[tuple[str, str, str, int, int]]
 
 
 def _config(
-    options: AblationOptions, task: str, setting: str, variant: str, groups: int, seed: int
+    options: AblationOptions, task: Task, setting: str, variant: str, groups: int, seed: int
 ) -> TrainConfig:
     dataset, size = SETTINGS[setting]
     folder = f"{task}-{setting}-{variant.replace(' ', '-')}-{groups}-{seed}"

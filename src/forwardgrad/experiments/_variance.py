@@ -27,7 +27,7 @@ from forwardgrad._provenance import provenance
 from forwardgrad.experiments._experiment import Experiment, options_as_json
 from forwardgrad.experiments._figures import save
 from forwardgrad.experiments._theory import activity_variances, weight_variances
-from forwardgrad.networks import SIZES
+from forwardgrad.networks import size_of
 from forwardgrad.training import Problem, TrainConfig, problem
 
 ALGORITHMS = ("fg-w", "lg-fg-w", "fg-a", "lg-fg-a")
@@ -60,7 +60,8 @@ def run_variance(options: VarianceOptions) -> Path:
     for name in options.algorithms:
         if name not in ALGORITHMS:
             raise unknown_name("algorithm", name, ALGORITHMS)
-    if options.network not in SIZES or SIZES[options.network].patches > 1:
+    size = size_of(options.network)
+    if size is None or size.patches > 1:
         raise InputError(
             f"network must be a LocalMixer with one patch, s/1/1 or m/1/16, got {options.network!r}"
         )
