@@ -9,7 +9,7 @@ from flax import nnx
 
 import forwardgrad as fg
 from forwardgrad.networks import LocalMixer, Size, build
-from forwardgrad.objectives import GlobalLoss, LocalLoss
+from forwardgrad.objectives import Contrastive, GlobalLoss, LocalLoss
 from forwardgrad.rewrite import Hooks, Program
 
 X = jax.random.normal(jax.random.key(0), (6, 4))
@@ -96,6 +96,54 @@ def test_unbiased_on_networks(network, objective, estimator):
     if estimator != "weight":
         *_, last = jax.tree.leaves(params)
         assert not np.any(random[-last.size :])
+
+
+CONTRASTIVE = {
+    "global": GlobalLoss(Contrastive()),
+    "local": LocalLoss(Contrastive(), greedy=False),
+    "greedy": LocalLoss(Contrastive()),
+}
+
+
+@pytest.mark.parametrize("objective", CONTRASTIVE)
+@pytest.mark.parametrize("estimator", ["activity", "weight, last layers exact"])
+@pytest.mark.parametrize("name", ["mixer", "mlp"])
+def test_unbiased_where_a_loss_compares_examples(name, objective, estimator):
+    """Each example's loss has its own share of the change, and negatives have theirs."""
+    made = {"image_shape": (4, 4, 1), "classes": 3, "key": jax.random.key(0), "projection": 4}
+    networks = {
+        "mixer": lambda: LocalMixer((4, 4, 1), Size(8, 2, 2, 2), 3, key=made["key"], projection=4),
+        "mlp": lambda: build("mlp", **made, width=16, depth=1, heads=True),
+    }
+    params, static = eqx.partition(networks[name](), eqx.is_inexact_array)
+    images = jax.random.normal(jax.random.key(1), (6, 4, 4, 1))
+
+    def fun(params):
+        labels = jnp.array([0, 1, 2, 0, 1, 2])
+        return CONTRASTIVE[objective](eqx.combine(params, static), images, labels)[0]
+
+    random = assert_unbiased(fun, params, ESTIMATORS[estimator])
+    assert random.any()
+    # The readout is a last layer, and exact.
+    *_, readout = jax.tree.leaves(params)
+    assert not np.any(random[-readout.size :])
+
+
+def test_examples_that_a_loss_compares_are_perturbed_apart():
+    """A loss for each example has less noise than their sum, though each depends on all."""
+    network = LocalMixer((4, 4, 1), Size(8, 2, 2, 2), 3, key=jax.random.key(0), projection=4)
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    images = jax.random.normal(jax.random.key(1), (8, 4, 4, 1))
+
+    def fun(params, together):
+        losses, _ = CONTRASTIVE["global"](eqx.combine(params, static), images, jnp.zeros(8, int))
+        return losses.total() if together else losses
+
+    variances = [
+        samples(lambda p, t=t: fun(p, t), params, fg.ActivityPerturbation()).var(0).sum()
+        for t in (False, True)
+    ]
+    assert variances[0] < 0.3 * variances[1]
 
 
 def stacked(params):
