@@ -3,8 +3,9 @@
     python benchmarks/local_mixer.py --out results/benchmarks/local_mixer.json
 
 As `benchmarks/step.py`: loss, gradient and SGD update in one compiled program, medians of
-interleaved runs. The second and third network have more blocks, to show what grows with them. "of
-the rate" is the step's flops, as XLA counts them, divided by its time, over those of a product of
+interleaved runs. The second and third network have more blocks, to show what grows with them; the
+fourth is the first with contrastive losses, where the batch is 64 images in two views. "of the
+rate" is the step's flops, as XLA counts them, divided by its time, over those of a product of
 two matrices of 4096 x 4096: how near the step comes to what the machine can do.
 """
 
@@ -20,20 +21,26 @@ from forwardgrad.training import ALGORITHMS, TrainConfig, resolve
 from measure import Options, run
 
 GROWING = ("bp", "lg-bp", "lg-fg-w", "lg-fg-a")
-CASES = {4: tuple(ALGORITHMS), 8: GROWING, 16: GROWING}
-"""Blocks, and what to measure."""
+CASES: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "m/8/16, 4 blocks": (4, "supervised", tuple(ALGORITHMS)),
+    "m/8/16, 8 blocks": (8, "supervised", GROWING),
+    "m/8/16, 16 blocks": (16, "supervised", GROWING),
+    "m/8/16, contrastive": (4, "contrastive", tuple(ALGORITHMS)),
+}
+"""Blocks, task, and what to measure."""
 
 
-def steps_of(blocks: int) -> dict[str, Step]:
+def steps_of(blocks: int, task: str, algorithms: tuple[str, ...]) -> dict[str, Step]:
     """The forward pass and the step of each algorithm, with one tangent where there are any."""
     size = Size(units=512, patches=8, groups=16, blocks=blocks)
-    network = LocalMixer((32, 32, 3), size, 10, key=jax.random.key(0))
+    projection = 128 if task == "contrastive" else None
+    network = LocalMixer((32, 32, 3), size, 10, key=jax.random.key(0), projection=projection)
     params, static = eqx.partition(network, eqx.is_inexact_array)
     images = jax.random.normal(jax.random.key(1), (128, 32, 32, 3))
     labels = jax.random.randint(jax.random.key(2), (128,), 0, 10)
 
     def step(name: str, forward_only: bool = False) -> Step:
-        config = resolve(TrainConfig(algorithm=name, tangents=1))
+        config = resolve(TrainConfig(task=task, algorithm=name, tangents=1))
         objective = ALGORITHMS[name].objective(config)
         estimator = ALGORITHMS[name].estimator(config)
 
@@ -43,10 +50,10 @@ def steps_of(blocks: int) -> dict[str, Step]:
 
         return Step(loss, params, None if forward_only else estimator, (images, labels))
 
-    steps = {name.upper(): step(name) for name in CASES[blocks]}
+    steps = {name.upper(): step(name) for name in algorithms}
     return {"forward only": step("bp", forward_only=True), **steps}
 
 
 if __name__ == "__main__":
-    names = {f"m/8/16, {n} blocks": functools.partial(steps_of, n) for n in CASES}
+    names = {name: functools.partial(steps_of, *case) for name, case in CASES.items()}
     run("local_mixer", names, tyro.cli(Options, description=__doc__))

@@ -1,5 +1,6 @@
 """Flops and temporary memory, as XLA counts them; nothing here is executed."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import pytest
 
 import forwardgrad as fg
 from forwardgrad.networks import LocalMixer, Size
-from forwardgrad.objectives import GlobalLoss, LocalLoss
+from forwardgrad.objectives import Contrastive, GlobalLoss, LocalLoss
 
 WIDTH = 1024
 BATCH = 512
@@ -55,12 +56,16 @@ def temp(*args) -> int:
 
 
 @functools.cache
-def mixer_temp(name: str, blocks: int) -> int:
+def mixer_temp(name: str, blocks: int, projection: int | None = None) -> int:
     """Temporary memory of an algorithm's step on a LocalMixer, SGD included."""
-    network = LocalMixer((32, 32, 3), Size(256, 8, 16, blocks), 10, key=jax.random.key(0))
+    network = LocalMixer(
+        (32, 32, 3), Size(256, 8, 16, blocks), 10, key=jax.random.key(0), projection=projection
+    )
     params, static = eqx.partition(network, eqx.is_inexact_array)
     images, labels = jnp.zeros((64, 32, 32, 3)), jnp.zeros(64, int)
     objective, estimator = ALGORITHMS[name]
+    if projection is not None:
+        objective = dataclasses.replace(objective, task=Contrastive())
 
     def step(params, key):
         def losses(params):
@@ -126,6 +131,13 @@ def test_gradient_is_not_materialised(estimator):
     matrix = 4 * WIDTH * WIDTH
     assert temp(estimator, 4, 16) < 0.5 * matrix
     assert temp(fg.WeightPerturbation(structure="dense"), 4, 16) > 2 * matrix
+
+
+@pytest.mark.slow
+def test_memory_of_contrastive_losses():
+    """The batch's scores are small beside its activations."""
+    assert mixer_temp("lg-fg-a", 4, 128) <= 0.4 * mixer_temp("bp", 4, 128)
+    assert mixer_temp("lg-fg-a", 4, 128) <= 1.1 * mixer_temp("lg-fg-a", 4)
 
 
 @pytest.mark.slow

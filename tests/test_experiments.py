@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import forwardgrad as fg
-from data_helpers import real_folder, write_pair
+from data_helpers import real_folder, write_pair, write_parquet
 from forwardgrad._errors import InputError
 from forwardgrad.experiments import (
     COMPARE,
@@ -214,6 +214,85 @@ def test_compare(tmp_path):
         assert min(figure.size) > 300
     with pytest.raises(InputError, match="holds results for epochs 1, not 2: pass another --out"):
         COMPARE.run(COMPARE.options(**{**settings, "epochs": 2}))
+
+
+@pytest.mark.slow
+def test_table4(tmp_path):
+    """Readouts of trained and untrained features; what is stored is not done again."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 12)):
+        images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        path = tmp_path / "data" / "cifar10" / f"{split}.parquet"
+        write_parquet(path, list(images), [i % 3 for i in range(count)])
+    settings = {
+        **{"out": tmp_path / "out", "data_dir": tmp_path / "data", "iterations": 1},
+        **{"batch_size": 4, "examples": 20},
+    }
+    stored = run("table4", options("table4", **settings, algorithms=("untrained", "bp")))
+    bp, untrained = stored["cells"]
+    assert (bp["algorithm"], untrained["algorithm"]) == ("bp", "untrained")
+    assert {"online_error", "test_error", "learning_rate"} <= set(bp)
+    assert [row["algorithm"] for row in stored["table"]] == ["untrained", "bp"]
+    assert [row["paper"] for row in stored["table"]] == [None, 24.1]
+    markdown = (tmp_path / "out" / "table4.md").read_text().splitlines()
+    assert markdown[0] == "| algorithm | cifar10 m/8/16 | paper |"
+    assert markdown[2].startswith("| untrained | ")
+    for folder in (tmp_path / "out" / "runs").iterdir():
+        assert (folder / "readout.json").exists()
+        assert json.loads((folder / "readout-untrained.json").read_text())["examples"] == 20
+        (folder / "summary.json").unlink()
+    again = run("table4", options("table4", **settings, algorithms=("bp",)))
+    assert again["cells"] == stored["cells"]
+    with pytest.raises(InputError, match="holds results for iterations 1, not 2"):
+        run("table4", options("table4", **{**settings, "iterations": 2}))
+    with pytest.raises(InputError, match="column 'm/8/1' is unknown"):
+        run("table4", options("table4", **settings, columns=("m/8/1",)))
+    alone = {**settings, "out": tmp_path / "other"}
+    with pytest.raises(InputError, match="'untrained' needs a finished run of cifar10 m/8/16"):
+        run("table4", options("table4", **alone, algorithms=("untrained",)))
+
+
+@pytest.mark.slow
+def test_ablation(tmp_path, monkeypatch):
+    chosen = options(
+        "ablation",
+        **{"out": tmp_path, "settings": ("digits",), "groups": (1, 4), "iterations": 2},
+        **{"variants": ("all local losses", "not by group", "global loss"), "seeds": 1},
+    )
+    stored = run("ablation", chosen)
+    assert len(stored["cells"]) == 6
+    places = {(cell["variant"], cell["groups"]) for cell in stored["cells"]}
+    assert len(places) == 6
+    configs = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/config.json")]
+    assert {(c["algorithm"], c["groupwise"]) for c in configs} == {
+        ("lg-fg-a", True),
+        ("lg-fg-a", False),
+        ("fg-a", True),
+    }
+    assert {c["network"] for c in configs} == {"s/2/1", "s/2/4"}
+    markdown = (tmp_path / "ablation.md").read_text().splitlines()
+    assert markdown[:3] == ["**digits, s/2/groups, supervised**", "", "| groups | 1 | 4 |"]
+    assert len(markdown) == 7
+    # One group: its loss is that of all.
+    by = {(c["variant"], c["groups"]): c["test_error"] for c in stored["cells"]}
+    assert by["all local losses", 1] == by["not by group", 1]
+    # What is stored is not done again.
+    monkeypatch.setattr("forwardgrad.experiments._ablation.trained", None)
+    assert run("ablation", chosen)["cells"] == stored["cells"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"settings": ("mnst",)}, "setting 'mnst' is unknown; did you mean 'mnist'"),
+        ({"variants": ("no groups",)}, "variant 'no groups' is unknown"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+    ],
+)
+def test_ablation_refuses(tmp_path, settings, match):
+    with pytest.raises(InputError, match=match):
+        EXPERIMENTS["ablation"].run(options("ablation", out=tmp_path, **settings))
+    assert not list(tmp_path.iterdir())
 
 
 def test_table3_rows_are_means_beside_the_papers_numbers():
