@@ -273,3 +273,32 @@ def test_networks_learn_without_backpropagation(name):
     assert losses[0] > 0.6
     assert losses[-1] < 0.35
     assert loss(params)[1]["errors"] <= 4
+
+
+def test_sizes_of_mixers():
+    """The paper's names, and any other numbers of patches and groups."""
+    assert networks.size_of("l/32/64") == networks.Size(2048, 32, 64, 4)
+    assert networks.size_of("s/1/8") == networks.Size(256, 1, 8, 1)
+    assert all(networks.size_of(name) for name in networks.SIZES)
+    for name in ("m/8", "m/0/1", "x/1/1", "m/8/16/2", "m/08/16", "mlp"):
+        assert networks.size_of(name) is None
+    made = {"image_shape": (8, 8, 1), "classes": 3, "key": jax.random.key(0)}
+    assert networks.build("s/4/2", **made).patches == 4
+    with pytest.raises(InputError, match="network 'm/8' is unknown"):
+        networks.build("m/8", **made)
+    with pytest.raises(InputError, match=r"groups \(=3\) must divide the number of units"):
+        networks.build("s/2/3", **made)
+
+
+def test_heads_project_and_the_readout_gets_one_length():
+    made = {"image_shape": (8, 8, 1), "classes": 3, "key": jax.random.key(0)}
+    images = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1))
+    for name in ("mlp", "cnn", "s/2/4"):
+        plain = networks.build(name, **made, heads=True)
+        projecting = networks.build(name, **made, heads=True, projection=5)
+        assert [head.weight.shape[1] for head in plain.heads] == [3] * len(plain.blocks)
+        assert [head.weight.shape[1] for head in projecting.heads] == [5] * len(plain.blocks)
+        pooled = projecting.pooled(projecting.blocks_output(images))
+        scaled = pooled * (4 / np.linalg.norm(pooled, axis=1, keepdims=True))
+        expected = projecting.classifier(scaled)
+        np.testing.assert_allclose(projecting(images), expected, rtol=1e-4, atol=1e-5)

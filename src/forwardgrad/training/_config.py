@@ -42,7 +42,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random: weights, order of the examples, tangents."""
     out: Path | None = None
-    """Folder of the run. Default: a new one, runs/DATASET-NETWORK-ALGORITHM-SEED."""
+    """Folder of the run. Default: a new one, runs/[contrastive-]DATASET-NETWORK-ALGORITHM-SEED."""
     data_dir: Path | None = None
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
     resume: bool = False

@@ -56,7 +56,9 @@ def load_config(folder: Path) -> TrainConfig:
 def _choose(config: TrainConfig) -> Path:
     if config.out is not None:
         return config.out
-    name = f"{config.dataset}-{config.network}-{config.algorithm}-{config.seed}".replace("/", "_")
+    task = "" if config.task == "supervised" else f"{config.task}-"
+    name = f"{task}{config.dataset}-{config.network}-{config.algorithm}-{config.seed}"
+    name = name.replace("/", "_")
     first = folder = Path("runs") / name
     number = 2
     while folder.exists() and not config.resume:
