@@ -41,7 +41,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     """What a run did, and where its files are."""
     table = Table(show_header=False, title="forwardgrad train")
     rows = {
-        "task": summary["task"],
+        "task": summary.get("task", "supervised"),
         "algorithm": summary["algorithm"],
         "network": f"{summary['network']}, {summary['parameters']:,} parameters",
         "data set": summary["dataset"],

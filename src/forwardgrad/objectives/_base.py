@@ -41,7 +41,7 @@ def check_heads(network: AbstractNetwork, what: str) -> None:
     """Refuse a network without blocks, or without heads for them."""
     if not network.blocks or network.heads is None:
         raise InputError(
-            f"{what} needs a network with blocks that have heads, got "
+            f"{what} a network with blocks that have heads, got "
             f"{type(network).__name__} with {len(network.blocks)} blocks and "
             f"{len(network.heads or ())} heads"
         )

@@ -46,7 +46,7 @@ class GlobalLoss(AbstractObjective):
         x = network.blocks_output(images)
         if self.task.uses_labels:
             return with_classifier(network, x, labels, [], [], detached=False)
-        check_heads(network, "contrastive learning")
+        check_heads(network, "contrastive learning needs")
         assert network.heads is not None
         outputs = network.heads[-1](network.pooled(x))
         terms = [separate_losses(self.task, outputs, labels)]

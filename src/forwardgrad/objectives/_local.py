@@ -61,7 +61,7 @@ class LocalLoss(AbstractObjective):
         labels: Int[Array, " batch"],
     ) -> tuple[Losses, dict[str, Array]]:
         """The losses, block by block and the classifier's last, and the wrong predictions."""
-        check_heads(network, "an objective with local losses")
+        check_heads(network, "local losses need")
         assert network.heads is not None
         stop = jax.lax.stop_gradient if self.greedy and self.blockwise else lambda x: x
         x, terms, axes = network.embed(images), [], []
