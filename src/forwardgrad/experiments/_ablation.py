@@ -72,6 +72,8 @@ class AblationOptions:
     """Stop after this many steps instead."""
     batch_size: int = 128
     """Examples per step."""
+    learning_rate: float = 0.005
+    """Learning rate at the start: low, for runs that are too short to recover from a rough one."""
     tangents: int = 1
     """Tangents whose forward gradients are averaged in a step."""
     seeds: int = 3
@@ -82,7 +84,7 @@ def run_ablation(options: AblationOptions) -> Path:
     """Run the ablation, or what is missing of it, and return the folder of its results."""
     _check(options)
     console, path = Console(), options.out / "ablation.json"
-    same = ("epochs", "iterations", "batch_size", "tangents")
+    same = ("epochs", "iterations", "batch_size", "learning_rate", "tangents")
     stored = stored_cells(path, options, same=same) or ()
     cells = {tuple(cell[k] for k in _PLACE): cell for cell in stored}
     for place in _order(options):
@@ -136,6 +138,7 @@ def _config(
         epochs=options.epochs,
         iterations=options.iterations,
         batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
         out=options.out / "runs" / folder,
         data_dir=options.data_dir,
         **algorithm,
