@@ -73,7 +73,7 @@ class AblationOptions:
     batch_size: int = 128
     """Examples per step."""
     optimizer: Optimizer = "adam"
-    """Optimiser; sgd is unstable at the heads of several blocks at first, and short runs stay so."""
+    """Optimiser; sgd is unstable at the heads of several blocks at first."""
     learning_rate: float = 2e-3
     """Learning rate at the start."""
     tangents: int = 1
