@@ -164,7 +164,7 @@ def test_bad_input():
     images = jnp.ones((2, 4, 4, 1))
     for objective, match in (
         (GlobalLoss(), None),
-        (LocalLoss(), "needs one output layer, got 3; with local losses every block has one"),
+        (LocalLoss(), "needs one output layer, got 2; with local losses every block has one"),
     ):
 
         def fun(params, objective=objective):
