@@ -105,6 +105,7 @@ CONTRASTIVE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", CONTRASTIVE)
 @pytest.mark.parametrize("estimator", ["activity", "weight, last layers exact"])
 @pytest.mark.parametrize("name", ["mixer", "mlp"])
