@@ -41,7 +41,7 @@ def read_out(
     """The errors of a readout on a run's features, fitted unless that is stored."""
     path = folder / readout_file(untrained)
     stored = read_json(path) if path.exists() else None
-    if stored is None or (examples is not None and stored["examples"] != examples):
+    if stored is None or stored["limit"] != examples:
         stored = fit_readout(folder, data_dir=data_dir, examples=examples, untrained=untrained)
     return {name: stored[name] for name in ("test_error", "train_error")}
 

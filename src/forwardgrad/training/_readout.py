@@ -72,6 +72,7 @@ def fit_readout(
         "seed": config.seed,
         "features": features.shape[1],
         "examples": len(features),
+        "limit": examples,
         "converged": converged,
         "train_error": train_error,
         "test_error": _error(readout, *_features(run, params, run.data.test)),
