@@ -32,6 +32,7 @@ from forwardgrad.experiments import (
 from forwardgrad.experiments import _mnist as mnist
 from forwardgrad.experiments import _scaling as scaling
 from forwardgrad.experiments import _toy as toy
+from forwardgrad.experiments._cells import read_out
 from forwardgrad.networks import SIZES
 
 
@@ -241,6 +242,9 @@ def test_table4(tmp_path):
     for folder in (tmp_path / "out" / "runs").iterdir():
         assert (folder / "readout.json").exists()
         assert json.loads((folder / "readout-untrained.json").read_text())["examples"] == 20
+        # A readout on fewer images is not taken for one on all of them.
+        read_out(folder, examples=None, data_dir=settings["data_dir"])
+        assert json.loads((folder / "readout.json").read_text())["examples"] == 24
         (folder / "summary.json").unlink()
     again = run("table4", options("table4", **settings, algorithms=("bp",)))
     assert again["cells"] == stored["cells"]
