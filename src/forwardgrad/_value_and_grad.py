@@ -1,5 +1,6 @@
 """The narrow waist: everything that trains calls this."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Key, PyTree
 from forwardgrad._errors import InputError
 from forwardgrad._losses import Losses
 from forwardgrad.estimators import AbstractEstimator
+from forwardgrad.rewrite import varying_like
 
 
 def value_and_grad(
@@ -62,6 +64,8 @@ def value_and_grad(
             f"estimator must be an estimator such as WeightPerturbation(), got {estimator!r}"
         )
 
+    _check_signature(fun)
+
     def evaluate(params, *args, key: Key[Array, ""] | None = None, **kwargs):
         params = checked_params(params)
         if estimator.needs_key and key is None:
@@ -69,16 +73,33 @@ def value_and_grad(
                 f"key is missing: {type(estimator).__name__} is random; "
                 "pass key=jax.random.key(...), a new one at every step"
             )
+        if estimator.needs_key:
+            # With a key for each worker of a `shard_map`, tangents and estimates are its own.
+            params = jax.tree.map(lambda leaf: varying_like(leaf, key), params)
 
         def closed(params):
             out = fun(params, *args, **kwargs)
             value, aux = _pair(out) if has_aux else (out, None)
             return _as_losses(value), aux
 
+        closed.given = jax.tree.leaves((args, kwargs))
         (value, aux), grads = estimator.value_and_grad(closed, params, key)
         return ((value, aux) if has_aux else value), grads
 
     return evaluate
+
+
+def _check_signature(fun: Callable) -> None:
+    """Raise an `InputError` for a function whose own `key` would not reach it."""
+    try:
+        _, *others = inspect.signature(fun).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature, or without arguments
+        return
+    if any(p.name == "key" and p.kind is not p.POSITIONAL_ONLY for p in others):
+        raise InputError(
+            "fun must not have an argument called `key`, which the estimator takes; give it another "
+            "name, for instance by lambda params, *args, noise: fun(params, *args, key=noise)"
+        )
 
 
 def checked_params(params: PyTree) -> PyTree[Array]:

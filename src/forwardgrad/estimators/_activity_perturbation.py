@@ -1,7 +1,6 @@
 """Forward gradients of activations: perturb what layers compute instead of their weights."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,9 +10,16 @@ from jaxtyping import Array, Float, Key, PyTree
 from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._losses import Losses
 from forwardgrad.estimators._base import AbstractEstimator, Objective
-from forwardgrad.estimators._distributions import DISTRIBUTIONS, Distribution, draw
-from forwardgrad.estimators._steering import influenced
-from forwardgrad.rewrite import Activation, Hooks, Program, Stage, after, parameter
+from forwardgrad.estimators._distributions import DISTRIBUTIONS, Distribution, draw, portable
+from forwardgrad.estimators._steering import (
+    check_chunk,
+    check_one_by_one,
+    influenced,
+    not_differentiable,
+    over_tangents,
+    total_of,
+)
+from forwardgrad.rewrite import Activation, Hooks, LayerWalk, Program, Stage, after, computed_in
 
 
 class ActivityPerturbation(AbstractEstimator):
@@ -45,6 +51,7 @@ class ActivityPerturbation(AbstractEstimator):
     - `tangents`: K, the number of tangents whose estimates are averaged.
     - `distribution`: of the tangents' entries: `"rademacher"`, `"normal"`, or `"sphere"` (every
         activation's tangent scaled as one vector).
+    - `chunk`: how many tangents are pushed through at a time; see `WeightPerturbation`.
 
     **Raises:**
 
@@ -71,12 +78,14 @@ class ActivityPerturbation(AbstractEstimator):
 
     tangents: int = 1
     distribution: Distribution = "rademacher"
+    chunk: int | None = None
 
     def __check_init__(self):
         if self.distribution not in DISTRIBUTIONS:
             raise unknown_name("distribution", str(self.distribution), DISTRIBUTIONS)
         if not isinstance(self.tangents, int) or self.tangents < 1:
             raise InputError(f"tangents must be an integer of at least 1, got {self.tangents!r}")
+        check_chunk(self.chunk)
 
     @property
     def needs_key(self) -> bool:
@@ -89,17 +98,19 @@ class ActivityPerturbation(AbstractEstimator):
         """The objective's value and a forward gradient."""
         assert key is not None
         program = Program(fun, params)
+        check_one_by_one(program, "ActivityPerturbation")
         grads = [jnp.zeros_like(leaf) for leaf in program.leaves]
+        own = portable(key)
 
         def run(stage, number, reads):
-            own = jax.random.fold_in(key, number)
+            del number
             # Every activation is cut off from what uses it: reverse mode sees one layer at a time.
             (total, _), pullback, (changes, noted, writes) = jax.vjp(
                 lambda leaves: self._forward(program, stage, reads, own, leaves),
                 [program.leaves[i] for i in stage.leaves],
                 has_aux=True,
             )
-            gradients = [a.each(lambda a: self._gradient(a, changes)) for a in noted]
+            gradients = [self._gradient(a, changes, own, program) for a in noted]
             return writes, pullback((jnp.ones_like(total), gradients))[0]
 
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -108,6 +119,7 @@ class ActivityPerturbation(AbstractEstimator):
                 for i, grad in zip(stage.leaves, of_stage, strict=True):
                     grads[i] = grads[i] + grad
             value = program.losses(terms).total()
+        value, aux, grads = not_differentiable((value, aux, grads), "ActivityPerturbation")
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
 
     def _forward(
@@ -125,58 +137,70 @@ class ActivityPerturbation(AbstractEstimator):
         """
         places = program.terms_of(stage)
 
-        def along(k):
+        def along(k, pure=False):
+            if pure and program.has_effects:
+                raise InputError(
+                    "tangents must be 1 for ActivityPerturbation where fun has effects that vmap "
+                    f"refuses, got {self.tangents}"
+                )
+
             def at(eps):
                 def perturb(activation):
                     if activation.last:
                         return activation.value
-                    return _perturbed(eps, activation.value, self._tangent(activation, k))
+                    tangent = self._tangent(activation.site.key(key), activation, k)
+                    return _perturbed(eps, activation.value, tangent)
 
-                walk = program.layer_walk(key, Hooks(activation=perturb))
-                inputs = [*[parameter(leaf) for leaf in leaves], *reads]
-                writes = walk.arrays(stage.jaxpr, (), inputs)
+                walk = LayerWalk(program.plan, Hooks(activation=perturb))
+                writes = walk.arrays(stage.jaxpr, (), [*leaves, *reads])
                 return [writes[i] for i in places.values()], (writes, walk.noted)
 
             zero, one = jnp.zeros(()), jnp.ones(())
             _, changes, (writes, noted) = jax.jvp(at, (zero,), (one,), has_aux=True)
-            return changes, writes, [a for a in noted.activations if not a.last]
+            return (writes, [a for a in noted.activations if not a.last]), changes
 
-        changes, writes, noted = self._over_tangents(along, (0, None, None))
-        total = sum([jnp.sum(writes[i]) for i in places.values()], start=jnp.zeros(()))
+        tangents = jnp.arange(self.tangents)
+        (writes, noted), changes = over_tangents(
+            along, tangents, self.tangents, program, self.chunk
+        )
+        if self.tangents == 1:
+            changes = [change[0] for change in changes]
+        total = sum([total_of(writes[i]) for i in places.values()], start=jnp.zeros(()))
         by_term = [dict(zip(places, changes, strict=True)).get(i) for i in range(program.terms)]
         return (total, [a.value for a in noted]), (program.losses(by_term), noted, writes)
 
-    def _tangent(self, activation: Activation, k: Array, scale: Any = 1.0) -> Array:
+    def _tangent(
+        self, key: Key[Array, ""], activation: Activation, k: Array, scale: Any = 1.0
+    ) -> Array:
         """The k-th tangent of an activation, times `scale`."""
         z = activation.value
-        key = jax.random.fold_in(activation.key, k)
-        u = draw(key, z.shape, self.distribution, scale).astype(z.dtype)
+        key = jax.random.fold_in(key, k)
+        u = draw(key, z.shape, self.distribution, scale, computed_in(z.dtype)).astype(z.dtype)
         return u if activation.mask is None else jnp.where(activation.mask, u, 0)
 
-    def _gradient(self, activation: Activation, changes: Losses) -> Array:
+    def _gradient(
+        self, activation: Activation, changes: Losses, key: Key[Array, ""], program: Program
+    ) -> Array:
         """The estimate of the losses' derivative by an activation."""
 
         def along(k, changes):
-            return self._tangent(activation, k, influenced(activation, changes))
+            scale = influenced(activation, changes, program)
+            loops = activation.value.shape[: activation.stacked]
+            scale = jnp.broadcast_to(scale, (*loops, *scale.shape[activation.stacked :]))
+            return activation.each(
+                lambda a, scale: self._tangent(a.site.key(key), a, k, scale), scale
+            )
 
         if self.distribution == "rademacher":
             # Signs are drawn again when they are needed; XLA would otherwise keep them.
-            (data,) = after(changes, [jax.random.key_data(activation.key)])
-            key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(activation.key))
-            activation = dataclasses.replace(activation, key=key)
-        estimates = self._over_tangents(along, 0, changes)
-        mean = estimates if self.tangents == 1 else jnp.mean(estimates, axis=0)
-        return mean.astype(activation.value.dtype)
-
-    def _over_tangents(self, along: Callable, out_axes: Any, *args: Any) -> Any:
-        """`along(k, *args)` for all tangents, `args` having an axis of them if there are several.
-
-        An axis of size one would cost XLA's CPU backend its fast reductions. `vmap` is outside of
-        `jvp`: the primal does not depend on the tangents, and is computed once.
-        """
+            (data,) = after(changes, [jax.random.key_data(key)])
+            key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
         if self.tangents == 1:
-            return along(jnp.zeros((), int), *args)
-        return jax.vmap(along, out_axes=out_axes)(jnp.arange(self.tangents), *args)
+            estimate = along(jnp.zeros((), int), changes)
+        else:
+            estimate = jnp.mean(jax.vmap(along)(jnp.arange(self.tangents), changes), axis=0)
+        # A derivative by a complex number has the conjugate of the direction it is found along.
+        return jnp.conj(estimate).astype(activation.value.dtype)
 
 
 @jax.custom_jvp

@@ -1,7 +1,8 @@
 """The output's error, sent to every layer at once."""
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,47 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import AbstractEstimator, Objective
-from forwardgrad.estimators._distributions import rademacher
-from forwardgrad.rewrite import Activation, Hooks, Program
+from forwardgrad.estimators._distributions import feedback_key, rademacher
+from forwardgrad.estimators._feedback import Feedback, at_iterations
+from forwardgrad.estimators._steering import check_one_by_one, not_differentiable
+from forwardgrad.rewrite import Activation, Hooks, Part, Program, placed_like
+
+
+class _Way(NamedTuple):
+    """How the error of an output layer comes to a layer's input.
+
+    Every place that both have gets the error of that place: `positions` are axes of the output,
+    `digits` where they are in the input. Of the output, `units` entries are left for each of them,
+    of the input `entries`, of which `scale` in one iteration of loops over layers.
+    """
+
+    number: int
+    output: int
+    positions: tuple[int, ...]
+    digits: tuple[Part, ...]
+    units: int
+    entries: int
+    scale: int
+
+    def gathered(self, error: Array) -> Array:
+        """The error with an axis for each digit, and one for the units."""
+        rest = [i for i in range(error.ndim) if i not in self.positions]
+        error = error.transpose(*self.positions, *rest)
+        return error.reshape(*[digit.size for digit in self.digits], -1)
+
+    def spread(self, sent: Array, shape: Sequence[int]) -> Array:
+        """What has an axis for each digit, and one for the entries, in the input's shape."""
+        order: list[tuple[bool, int]] = []
+        for axis, size in enumerate(shape):
+            own = sorted((-d.inner, i) for i, d in enumerate(self.digits) if d.axis == axis)
+            for inner, i in own:
+                order += [(False, size // (-inner * self.digits[i].size)), (True, i)]
+                size = -inner
+            order.append((False, size))
+        gaps = [size for is_digit, size in order if not is_digit]
+        sent = sent.reshape(*sent.shape[:-1], *gaps)
+        gap = iter(range(len(self.digits), sent.ndim))
+        return sent.transpose([i if is_digit else next(gap) for is_digit, i in order]).reshape(shape)
 
 
 class DirectFeedbackAlignment(AbstractEstimator):
@@ -72,77 +112,150 @@ class DirectFeedbackAlignment(AbstractEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value, and what direct feedback alignment takes for its gradient."""
         del key
-        program = Program(fun, params)
-        output = self._output(program)
+        return self._estimate(Program(fun, params, forward=False), None)
+
+    def init(self, fun: Objective, params: PyTree[Array]) -> Feedback:
+        """The feedback matrices, for each layer's input one from each output layer."""
+        program = Program(fun, params, forward=False)
+        return Feedback({n: self._matrix(n, shape) for n, shape in self._shapes(program).items()})
+
+    def estimate(
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None, state: Feedback
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], Feedback]:
+        """The same by the feedback matrices in `state`, which stay as they are."""
+        del key
+        program = Program(fun, params, forward=False)
+        state.check(self._shapes(program), self)
+        return (*self._estimate(program, state), state)
+
+    def _estimate(
+        self, program: Program, state: Feedback | None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        check_one_by_one(program, "DirectFeedbackAlignment")
+        outputs = _outputs(program)
         # What goes into a layer is cut off from what it comes from: see `ActivityPerturbation`.
-        (value, _), pullback, (error, noted, aux) = jax.vjp(
-            lambda leaves: self._forward(program, leaves, output), program.leaves, has_aux=True
+        (value, _), pullback, (errors, inputs, aux) = jax.vjp(
+            lambda leaves: _forward(program, leaves, outputs), program.leaves, has_aux=True
         )
-        gradients = [x.each(lambda x: self._feedback(x, output, error)) for x in noted]
+        ways = [_ways(program, outputs, x) for x in inputs]
+        gradients = [
+            self._feedback(x, of_x, errors, state) for x, of_x in zip(inputs, ways, strict=True)
+        ]
         (grads,) = pullback((jnp.ones_like(value), gradients))
+        value, aux, grads = not_differentiable((value, aux, grads), "DirectFeedbackAlignment")
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
 
-    @property
-    def _fixed(self) -> Key[Array, ""]:
-        return jax.random.key(self.seed)
-
-    def _output(self, program: Program) -> Activation:
-        """The output layer's activation, by its shape."""
-        hooks = Hooks(activation=lambda a: a.value)
-        noted = jax.eval_shape(
-            lambda leaves: program.with_hooks(leaves, self._fixed, hooks)[2], program.leaves
+    def _shapes(self, program: Program) -> dict[int, tuple[int, int]]:
+        """The shapes of the feedback matrices by their numbers."""
+        outputs = _outputs(program)
+        inputs = jax.eval_shape(
+            lambda leaves: _forward(program, leaves, outputs)[1][1], program.leaves
         )
-        hidden = frozenset().union(*[a.terms for a in noted.activations if not a.last])
-        outputs = [a for a in noted.activations if a.last and (a.terms & hidden or not hidden)]
-        if len(outputs) != 1 or outputs[0].stacked:
-            raise InputError(
-                f"DirectFeedbackAlignment needs one output layer, got {len(outputs)}"
-                f"{' in a loop' if outputs and outputs[0].stacked else ''}; "
-                "with local losses every block has one"
-            )
-        if outputs[0].axes is None or "example" not in outputs[0].axes:
+        ways = [way for x in inputs for way in _ways(program, outputs, x)]
+        return {way.number: (way.entries, way.units) for way in ways}
+
+    def _matrix(self, number: int, shape: tuple[int, int]) -> Array:
+        return rademacher(jax.random.fold_in(feedback_key(self.seed), number), shape)
+
+    def _feedback(
+        self, x: Activation, ways: Sequence[_Way], errors: Sequence[Array], state: Feedback | None
+    ) -> Array:
+        """The errors times random matrices, in the shape of a layer's input."""
+        total: Any = 0.0
+        for way in ways:
+            shape = (way.entries, way.units)
+            signs = self._matrix(way.number, shape) if state is None else state.arrays[way.number]
+            error = way.gathered(errors[way.output])
+            signs = placed_like(signs.astype(error.dtype), error)
+            sent = math.sqrt(self.gain / way.scale) * error @ signs.T
+            total = total + way.spread(sent, x.value.shape)
+        return placed_like(total.astype(x.value.dtype), x.value)
+
+
+def _outputs(program: Program) -> list[Any]:
+    """The variables of the output layers that hidden layers lead to."""
+    plan = program.plan
+    found = {v: plan.is_last(v) for v in plan.outputs if plan.terms(v)}
+    hidden = frozenset().union(*[plan.terms(v) for v, last in found.items() if not last])
+    outputs = [v for v, last in found.items() if last and (plan.terms(v) & hidden or not hidden)]
+    if not outputs:
+        raise InputError("DirectFeedbackAlignment needs an output layer, got none")
+    for v in outputs:
+        places = [place for (_, name), place in plan.places(v).items() if name == "example"]
+        if not places:
             raise InputError(
                 "DirectFeedbackAlignment needs a loss for every example: return "
                 "forwardgrad.Losses([losses], [('example',)])"
             )
-        return outputs[0]
+    return outputs
 
-    def _forward(self, program: Program, leaves: list[Array], output: Activation):
-        """Value and layers' inputs, and what is not to be differentiated.
 
-        The latter are the value's derivative by the output layer's activation, what is known of the
-        inputs, and the auxiliary data.
-        """
+def _forward(program: Program, leaves: list[Array], outputs: Sequence[Any]):
+    """Value and layers' inputs, and what is not to be differentiated.
 
-        def own(x):
-            return x.axes is not None and "example" in x.axes and bool(x.terms & output.terms)
+    The latter are the value's derivatives by the output layers, what is known of the inputs, and
+    the auxiliary data.
+    """
+    numbers = {program.plan.outputs[v].number: i for i, v in enumerate(outputs)}
+    reached = frozenset().union(*[program.plan.terms(v) for v in outputs])
 
-        def moved(shift):
-            hooks = Hooks(
-                activation=lambda a: a.value + shift if _same(a, output) else a.value,
-                layer_input=lambda x: jax.lax.stop_gradient(x.value) if own(x) else x.value,
+    def moved(shifts):
+        def shift(a):
+            if a.site.number not in numbers:
+                return a.value
+            return a.value + at_iterations(shifts[numbers[a.site.number]], a.site)
+
+        hooks = Hooks(
+            activation=shift,
+            layer_input=lambda x: jax.lax.stop_gradient(x.value) if x.terms & reached else x.value,
+        )
+        terms, aux, noted = program.with_hooks(leaves, hooks)
+        return program.losses(terms).total(), (aux, [x for x in noted.inputs if x.terms & reached])
+
+    shapes = [(*program.plan.outputs[v].loops, *v.aval.shape) for v in outputs]
+    shifts = [jnp.zeros(s, v.aval.dtype) for s, v in zip(shapes, outputs, strict=True)]
+    (value, (aux, noted)), errors = jax.value_and_grad(moved, has_aux=True)(shifts)
+    return (value, [x.value for x in noted]), (errors, noted, aux)
+
+
+def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]:
+    """How errors come to a layer's input, one way from each output that it changes."""
+    found = []
+    for o, v in enumerate(outputs):
+        if not x.terms & program.plan.terms(v):
+            continue
+        places = program.places_towards(v).get(x.variable)
+        loops = len(program.plan.outputs[v].loops)
+        shape = (*program.plan.outputs[v].loops, *v.aval.shape)
+        digits: dict[int, tuple[Part, ...]] = {}
+        for axis in range(len(shape)):
+            place = (places or {}).get((0, str(axis)))
+            if place is not None and place.parts and place.parts[0].through is None:
+                digits[axis] = tuple(p._replace(axis=p.axis + x.stacked) for p in place.parts)
+        if places is None:
+            continue
+        _check_examples(program, v, digits, loops, x)
+        flat = tuple(p for own in digits.values() for p in own)
+        held = math.prod(p.size for p in flat)
+        entries = math.prod(x.value.shape) // held
+        layers = [n for i, n in enumerate(x.value.shape[: x.stacked]) if i not in [p.axis for p in flat]]
+        units = math.prod(shape) // math.prod(shape[axis] for axis in digits)
+        number = x.site.number * len(outputs) + o
+        found.append(
+            _Way(number, o, tuple(digits), flat, units, entries, entries // math.prod(layers))
+        )
+    return found
+
+
+def _check_examples(
+    program: Program, v: Any, digits: Mapping[int, Any], loops: int, x: Activation
+) -> None:
+    """Raise an `InputError` unless the examples' axis is among those that both have."""
+    for (_, name), place in program.plan.places(v).items():
+        if name != "example":
+            continue
+        if place.parts is None or any(p.axis + loops not in digits for p in place.parts):
+            raise InputError(
+                "DirectFeedbackAlignment needs the axis of the examples in the input of every "
+                f"layer; it is unclear in the one of shape {x.value.shape[x.stacked :]} at {x.line}"
             )
-            terms, aux, noted = program.with_hooks(leaves, self._fixed, hooks)
-            return program.losses(terms).total(), (aux, [x for x in noted.inputs if own(x)])
-
-        shift = jnp.zeros(output.value.shape, output.value.dtype)
-        (value, (aux, noted)), error = jax.value_and_grad(moved, has_aux=True)(shift)
-        return (value, [x.value for x in noted]), (error, noted, aux)
-
-    def _feedback(self, x: Activation, output: Activation, error: Array) -> Array:
-        """The error times a random matrix, in the shape of a layer's input."""
-        assert x.axes is not None
-        assert output.axes is not None
-        place = x.axes.index("example")
-        error = jnp.moveaxis(error, output.axes.index("example"), 0)
-        error = error.reshape(len(error), -1)
-        rest = [n for i, n in enumerate(x.value.shape) if i != place]
-        size = math.prod(rest)
-        signs = rademacher(x.key, (size, error.shape[1])).astype(error.dtype)
-        sent = math.sqrt(self.gain / size) * error @ signs.T
-        return jnp.moveaxis(sent.reshape(-1, *rest), 0, place).astype(x.value.dtype)
-
-
-def _same(a: Activation, output: Activation) -> bool:
-    """Whether an activation is the output layer's."""
-    return a.last and bool(a.terms & output.terms)

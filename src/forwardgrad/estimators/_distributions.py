@@ -3,15 +3,39 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Inexact, Key
 
 Distribution: TypeAlias = Literal["rademacher", "normal", "sphere"]
 
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
+
+
+def portable(key: Key[Array, ""]) -> Key[Array, ""]:
+    """A key of JAX's default kind made of any other, which is the same in loops and under `vmap`.
+
+    The hardware's generators (`rbg`) draw other numbers under `vmap` than one by one.
+    """
+    if jax.random.key_impl(key) == "threefry2x32":
+        return key
+    words = jax.random.key_data(key).reshape(-1)
+    own = jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32), impl="threefry2x32")
+    for i in range(words.size):
+        own = jax.random.fold_in(own, words[i])
+    return own
+
+
+FEEDBACK = (0x66776467, 0x72616421)
+"""What feedback weights are drawn from besides their seed, so that no key of a user gives them."""
+
+
+def feedback_key(seed: int) -> Key[Array, ""]:
+    """The key of an estimator's feedback weights."""
+    words = jnp.asarray(FEEDBACK, jnp.uint32)
+    return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), seed)
 
 
 def rademacher(
@@ -83,8 +107,15 @@ def draw(
     shape: Sequence[int],
     distribution: Distribution,
     scale: Float[Array, "..."] | float = 1.0,
-) -> Float[Array, "..."]:
-    """One array of independent entries, or a vector on the sphere, times `scale`."""
+    dtype: Any = jnp.float32,
+) -> Inexact[Array, "..."]:
+    """One array of independent entries, or a vector on the sphere, times `scale`.
+
+    Of a complex one, real and imaginary part are independent, each with unit variance.
+    """
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        parts = draw(key, (2, *shape), distribution)
+        return (scale * jax.lax.complex(parts[0], parts[1])).astype(dtype)
     if distribution == "rademacher":
         return rademacher(key, shape, scale)
     z = jax.random.normal(key, tuple(shape))

@@ -6,12 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import AbstractEstimator, Objective
-from forwardgrad.rewrite import Hooks, Program, evaluate
+from forwardgrad.estimators._distributions import draw, feedback_key
+from forwardgrad.estimators._feedback import Feedback, at_iterations
+from forwardgrad.rewrite import (
+    SENT_BACK,
+    Hooks,
+    Layer,
+    Program,
+    Site,
+    computed_in,
+    evaluate,
+    is_inexact,
+    line_of,
+    placed_like,
+)
 
 
 class FeedbackAlignment(AbstractEstimator):
@@ -27,7 +39,10 @@ class FeedbackAlignment(AbstractEstimator):
     learning works because $W$ comes to align with $B$.
 
     Matrix products and convolutions of any model are found by walking its program; lookups, biases
-    and scales have nothing to send back. A weight that is used twice has two feedback weights.
+    and scales have nothing to send back. B stands in the place of what the product is made with:
+    with `x @ (W * mask)`, of the masked weight. A weight that is used twice has two feedback
+    weights. [`forwardgrad.estimation`][] keeps them from step to step; without, the same ones are
+    drawn again in every step.
 
     **Arguments:**
 
@@ -37,7 +52,8 @@ class FeedbackAlignment(AbstractEstimator):
 
     **Raises:**
 
-    `InputError` if `gain` is not positive.
+    `InputError` if `gain` is not positive; when called, if errors would come back through the
+    weights of a layer that has no feedback weight, such as a linear solve.
 
     ??? cite "Reference"
 
@@ -71,40 +87,118 @@ class FeedbackAlignment(AbstractEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value, and what feedback alignment takes for its gradient."""
         del key
-        program = Program(fun, params)
+        return self._estimate(Program(fun, params, forward=False), None)
 
-        def product(key, eqn, arrays, weight):
-            inputs = jax.random.normal(key, arrays[weight].shape, jnp.float32)
-            scale = math.sqrt(self.gain / _fan_in(eqn, weight))
-            feedback = (scale * inputs).astype(arrays[weight].dtype)
-            return _product_with_feedback(eqn, arrays, weight, feedback)
+    def init(self, fun: Objective, params: PyTree[Array]) -> Feedback:
+        """The feedback weights, one for each product that errors come back through."""
+        program = Program(fun, params, forward=False)
+        return Feedback({n: self._weights(layer) for n, layer in _products(program).items()})
+
+    def estimate(
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None, state: Feedback
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], Feedback]:
+        """The same by the feedback weights in `state`, which stay as they are."""
+        del key
+        program = Program(fun, params, forward=False)
+        state.check({n: _shape(layer) for n, layer in _products(program).items()}, self)
+        return (*self._estimate(program, state), state)
+
+    def _estimate(
+        self, program: Program, state: Feedback | None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        _check_layers(program)
+
+        def product(layer, site, arrays):
+            if layer.number not in products:
+                return evaluate(layer.eqn, arrays)[0]
+            if state is None:
+                feedback = self._drawn(layer, site)
+            else:
+                feedback = at_iterations(state.arrays[layer.number], site)
+            (position,) = layer.weights
+            weight = arrays[position]
+            feedback = placed_like(feedback.astype(weight.dtype), weight)
+            return _product_with_feedback(layer, arrays, feedback)
 
         def objective(leaves):
-            hooks = Hooks(product=product)
-            terms, aux, _ = program.with_hooks(leaves, jax.random.key(self.seed), hooks)
+            terms, aux, _ = program.with_hooks(leaves, Hooks(product=product))
             return program.losses(terms).total(), aux
 
+        products = _products(program)
         (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(program.leaves)
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
 
+    def _drawn(self, layer: Layer, site: Site) -> Array:
+        """The feedback weight of one layer, in one iteration of the loops around it."""
+        aval = layer.eqn.invars[layer.weights[0]].aval
+        scale = math.sqrt(self.gain / _fan_in(layer))
+        key = site.key(feedback_key(self.seed))
+        dtype = computed_in(aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        return (scale * draw(key, aval.shape, "normal", dtype=dtype)).astype(dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
-def _fan_in(eqn: JaxprEqn, weight: int) -> int:
+    def _weights(self, layer: Layer) -> Array:
+        """The feedback weights of one layer in all iterations."""
+
+        def along(lengths, iterations):
+            if not lengths:
+                return self._drawn(layer, Site(layer.number, iterations))
+            return jax.vmap(lambda i: along(lengths[1:], (*iterations, i)))(jnp.arange(lengths[0]))
+
+        return along(layer.loops, ())
+
+
+def _products(program: Program) -> dict[int, Layer]:
+    """The products that errors come back through, by their numbers."""
+    plan = program.plan
+    return {
+        layer.number: layer
+        for layer in plan.layers.values()
+        if layer.is_product and layer.moves and plan.terms(layer.eqn.outvars[0])
+    }
+
+
+def _shape(layer: Layer) -> tuple[int, ...]:
+    weight: Any = layer.eqn.invars[layer.weights[0]]
+    return (*layer.loops, *weight.aval.shape)
+
+
+def _check_layers(program: Program) -> None:
+    """Raise an `InputError` where errors would come back through a weight itself."""
+    for layer in program.plan.layers.values():
+        name = layer.eqn.primitive.name
+        reached = layer.moves and any(program.plan.terms(v) for v in layer.eqn.outvars)
+        if reached and not layer.is_product and name not in SENT_BACK:
+            raise InputError(
+                f"FeedbackAlignment has no feedback weight for {name} at {line_of(layer.eqn)}, "
+                "through which errors would come back by the weight itself; write it as a matrix "
+                "product or a convolution, or use another estimator"
+            )
+
+
+def _fan_in(layer: Layer) -> int:
     """The number of inputs that a unit of a layer has."""
+    eqn, (weight,) = layer.eqn, layer.weights
     shape = eqn.invars[weight].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-    if eqn.primitive.name == "dot_general":
-        (contracting, _) = eqn.params["dimension_numbers"]
-        return math.prod(shape[i] for i in contracting[weight])
-    return math.prod(shape) // shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    if eqn.primitive.name == "conv_general_dilated":
+        return math.prod(shape) // shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    if "ragged_dot_dimension_numbers" in eqn.params:
+        numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    else:
+        numbers = eqn.params["dimension_numbers"]
+    return math.prod(shape[i] for i in numbers[0][weight])
 
 
-def _product_with_feedback(
-    eqn: JaxprEqn, arrays: Sequence[Array], weight: int, feedback: Array
-) -> Array:
+def _product_with_feedback(layer: Layer, arrays: Sequence[Array], feedback: Array) -> Array:
+    (weight,) = layer.weights
+    (data,) = (i for i in layer.data if is_inexact(arrays[i]))
+
     def apply(x, w):
-        return evaluate(eqn, (w, x) if weight == 0 else (x, w))[0]
+        operands = list(arrays)
+        operands[data], operands[weight] = x, w
+        return evaluate(layer.eqn, operands)[0]
 
     @jax.custom_vjp
-    def layer(x, w, feedback):
+    def product(x, w, feedback):
         del feedback
         return apply(x, w)
 
@@ -114,5 +208,5 @@ def _product_with_feedback(
         (to_w,) = jax.vjp(lambda w: apply(x, w), w)[1](error)
         return to_x, to_w, jnp.zeros_like(feedback)
 
-    layer.defvjp(lambda x, w, feedback: (apply(x, w), (x, w, feedback)), backward)
-    return layer(arrays[1 - weight], arrays[weight], feedback)
+    product.defvjp(lambda x, w, feedback: (apply(x, w), (x, w, feedback)), backward)
+    return product(arrays[data], arrays[weight], feedback)

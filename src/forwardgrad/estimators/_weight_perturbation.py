@@ -16,14 +16,17 @@ from forwardgrad.estimators._distributions import (
     Distribution,
     draw_dense,
     draw_small,
+    portable,
     to_sphere,
 )
+from forwardgrad.estimators._steering import check_chunk, over_tangents, total_of
 from forwardgrad.rewrite import (
     Layout,
     Program,
     Stage,
     Walk,
     combine_tangents,
+    computed_in,
     dense_layout,
     factor_shape,
     perturbed,
@@ -73,6 +76,9 @@ class WeightPerturbation(AbstractEstimator):
     - `exact_last`: give the parameters of layers that no other layer comes after (an output layer,
         the heads of local losses) their exact gradient. It is local to the layer, and leaves the
         variance of the perturbed parameters free of theirs, which is often most of it.
+    - `chunk`: how many tangents are pushed through at a time, which bounds the memory of many; the
+        primal is then computed again for each chunk. None: all of them, or one at a time where the
+        function cannot be batched (a callback, an ordered effect).
 
     **Raises:**
 
@@ -98,6 +104,7 @@ class WeightPerturbation(AbstractEstimator):
     orthogonal: bool = False
     clip: float | None = None
     exact_last: bool = False
+    chunk: int | None = None
 
     def __check_init__(self):
         if self.distribution not in DISTRIBUTIONS:
@@ -109,6 +116,7 @@ class WeightPerturbation(AbstractEstimator):
                 raise InputError(
                     f"{name} must be an integer of at least 1, got {getattr(self, name)!r}"
                 )
+        check_chunk(self.chunk)
         if self.structure == "dense" and self.rank != 1:
             raise InputError(f"rank must be 1 for structure 'dense', got {self.rank}")
         if self.clip is not None and not self.clip > 0:
@@ -136,9 +144,11 @@ class WeightPerturbation(AbstractEstimator):
         exact = program.of_last_layers() if self.exact_last else []
         perturbed = [i for i in range(len(program.leaves)) if i not in exact]
         chosen = [layouts[i] for i in perturbed]
-        drawn = self._factors(key, [program.leaves[i] for i in perturbed], chosen)
+        drawn = self._factors(portable(key), [program.leaves[i] for i in perturbed], chosen)
         factors = dict(zip(perturbed, drawn, strict=True))
-        terms, derivatives, aux, of_exact = directional_derivatives(program, layouts, factors)
+        terms, derivatives, aux, of_exact = directional_derivatives(
+            program, layouts, factors, self.chunk
+        )
         grads = [of_exact.get(i, jnp.zeros_like(leaf)) for i, leaf in enumerate(program.leaves)]
         for influenced, members in _partition(program.influence(), perturbed):
             own = [(layouts[i], factors[i], program.leaves[i]) for i in members]
@@ -173,7 +183,7 @@ class WeightPerturbation(AbstractEstimator):
             arrays = [next(remaining) for _ in layout]
             if r:
                 arrays[0] = arrays[0] * self.rank**-0.5
-            factors.append([a.astype(leaf.dtype) for a in arrays])
+            factors.append([a.astype(computed_in(leaf.dtype)) for a in arrays])
         return factors
 
     def _on_sphere(self, flat: list[Array], own: list[tuple[int, ...]]) -> list[Array]:
@@ -222,7 +232,10 @@ def _partition(
 
 
 def directional_derivatives(
-    program: Program, layouts: Sequence[Layout], factors: Mapping[int, Sequence[Array]]
+    program: Program,
+    layouts: Sequence[Layout],
+    factors: Mapping[int, Sequence[Array]],
+    chunk: int | None = None,
 ) -> tuple[list[Array], Float[Array, "tangents terms"], list[Array], dict[int, Array]]:
     """What a program computes, and how it changes along K tangents of some of its parameters.
 
@@ -240,12 +253,16 @@ def directional_derivatives(
         exact = {i: program.leaves[i] for i in stage.leaves if i not in factors}
         if exact:
             total, pullback, (writes, derivatives) = jax.vjp(
-                lambda exact: _along_all(program, layouts, factors, count, stage, exact, reads),
+                lambda exact: _along_all(
+                    program, layouts, factors, count, stage, exact, reads, chunk
+                ),
                 exact,
                 has_aux=True,
             )
             return writes, (derivatives, pullback(jnp.ones_like(total))[0])
-        _, (writes, derivatives) = _along_all(program, layouts, factors, count, stage, {}, reads)
+        _, (writes, derivatives) = _along_all(
+            program, layouts, factors, count, stage, {}, reads, chunk
+        )
         return writes, (derivatives, {})
 
     terms, aux, results = program.stage_by_stage(run)
@@ -263,11 +280,14 @@ def _along_all(
     stage: Stage,
     exact: Mapping[int, Array],
     reads: Sequence[Any],
+    chunk: int | None,
 ) -> tuple[Array, tuple[list[Array], dict[int, Array]]]:
     """The sum of a stage's losses; all that it computes, and the derivatives of its terms."""
     places = program.terms_of(stage)
 
-    def along_one(factors):
+    def along(factors, pure=False):
+        jaxpr = stage.without_effects() if pure else stage.jaxpr
+
         def at(eps):
             weights = [
                 perturbed(i, program.leaves[i], layouts[i], factors[i])
@@ -276,20 +296,14 @@ def _along_all(
                 for i in stage.leaves
             ]
             walk = Walk(eps, single=count == 1)
-            writes = walk.arrays(stage.jaxpr, (), [*weights, *reads])
-            return {i: jnp.sum(writes[place]) for i, place in places.items()}, writes
+            writes = walk.arrays(jaxpr, (), [*weights, *reads])
+            return {i: total_of(writes[place]) for i, place in places.items()}, writes
 
         zero, one = jnp.zeros(()), jnp.ones(())
         sums, derivatives, writes = jax.jvp(at, (zero,), (one,), has_aux=True)
-        return sum(sums.values(), start=jnp.zeros(())), writes, derivatives
+        return (sum(sums.values(), start=jnp.zeros(())), writes), derivatives
 
-    if count == 1:
-        # Without the axis of one tangent XLA's layouts are better, by 5 to 10 % of the step.
-        total, writes, derivatives = along_one(jax.tree.map(lambda a: a[0], dict(factors)))
-        return total, (writes, jax.tree.map(lambda d: d[None], derivatives))
-    # `vmap` outside of `jvp`: the primal does not depend on the tangents and is computed once.
-    over_tangents = jax.vmap(along_one, out_axes=(None, None, 0))
-    total, writes, derivatives = over_tangents(dict(factors))
+    (total, writes), derivatives = over_tangents(along, dict(factors), count, program, chunk)
     return total, (writes, derivatives)
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from forwardgrad.objectives._task import AbstractTask
-from forwardgrad.rewrite import of_examples
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -26,7 +25,7 @@ def separate_losses(
 
     so that the losses' sum has the derivative that it has anyway.
     """
-    return task.losses(of_examples(outputs), labels)
+    return task.losses(outputs, labels)
 
 
 @separate_losses.defjvp
@@ -82,7 +81,7 @@ def replicated_loss(
         Ren, Kornblith, Liao & Hinton, *Scaling Forward Gradient with Local Losses*, ICLR 2023,
         Section 4.
     """
-    outputs = of_examples(jnp.mean(features, axis=2).T @ weight + bias)
+    outputs = jnp.mean(features, axis=2).T @ weight + bias
     return _copies(task.losses(outputs, labels), groups, patches)
 
 

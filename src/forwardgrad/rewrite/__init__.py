@@ -1,39 +1,61 @@
 """Rewriting a function's program so that weights can be perturbed without building tangents."""
 
-from forwardgrad.rewrite._examples import of_examples as of_examples
+from forwardgrad.rewrite._flow import MIXED as MIXED
+from forwardgrad.rewrite._flow import UNKNOWN as UNKNOWN
+from forwardgrad.rewrite._flow import Part as Part
+from forwardgrad.rewrite._flow import Place as Place
 from forwardgrad.rewrite._layers import Activation as Activation
 from forwardgrad.rewrite._layers import Hooks as Hooks
-from forwardgrad.rewrite._layers import activation as activation
-from forwardgrad.rewrite._layers import parameter as parameter
+from forwardgrad.rewrite._layers import LayerWalk as LayerWalk
+from forwardgrad.rewrite._layers import Site as Site
+from forwardgrad.rewrite._mark import activation as activation
+from forwardgrad.rewrite._plan import Layer as Layer
+from forwardgrad.rewrite._perturbed import placed_like as placed_like
+from forwardgrad.rewrite._perturbed import varying_like as varying_like
+from forwardgrad.rewrite._primitives import SENT_BACK as SENT_BACK
+from forwardgrad.rewrite._primitives import line_of as line_of
 from forwardgrad.rewrite._program import FactorShape as FactorShape
 from forwardgrad.rewrite._program import Layout as Layout
 from forwardgrad.rewrite._program import Program as Program
 from forwardgrad.rewrite._program import combine_tangents as combine_tangents
+from forwardgrad.rewrite._program import computed_in as computed_in
 from forwardgrad.rewrite._program import dense_layout as dense_layout
 from forwardgrad.rewrite._program import factor_shape as factor_shape
 from forwardgrad.rewrite._program import named as named
 from forwardgrad.rewrite._program import perturbed as perturbed
 from forwardgrad.rewrite._stages import Stage as Stage
 from forwardgrad.rewrite._stages import after as after
+from forwardgrad.rewrite._trace import evaluate as evaluate
+from forwardgrad.rewrite._trace import is_inexact as is_inexact
 from forwardgrad.rewrite._walk import Walk as Walk
-from forwardgrad.rewrite._walk import evaluate as evaluate
 
 __all__ = [
+    "MIXED",
+    "SENT_BACK",
+    "UNKNOWN",
     "Activation",
     "FactorShape",
     "Hooks",
+    "Layer",
+    "LayerWalk",
     "Layout",
+    "Part",
+    "Place",
     "Program",
+    "Site",
     "Stage",
     "Walk",
     "activation",
     "after",
     "combine_tangents",
+    "computed_in",
     "dense_layout",
     "evaluate",
     "factor_shape",
+    "is_inexact",
+    "line_of",
     "named",
-    "of_examples",
-    "parameter",
     "perturbed",
+    "placed_like",
+    "varying_like",
 ]

@@ -7,24 +7,8 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from forwardgrad.rewrite._perturbed import Factor, Perturbed
-from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk, Value, programs, rule
-
-
-@rule(
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "remat2",
-    "checkpoint",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    table=PROGRAMS,
-)
-def _inline(walk: AbstractWalk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
-    # Forward mode keeps no residuals, so rematerialisation has nothing to save.
-    (program,) = programs(eqn)
-    return walk(program.jaxpr, program.consts, invals)
+from forwardgrad.rewrite._primitives import scan_counts, while_counts
+from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk, Value, rule
 
 
 @rule("scan", table=PROGRAMS)
@@ -64,7 +48,7 @@ class _Stack:
         if self.weight is None:
             self.arrays = [value]
             return
-        walk.record(stacked=self.weight.axes[0])
+        walk.record(stacked=self.weight.axes[0])  # pyright: ignore
         # A stack of one slice has no label: its factors are the slice's.
         self.label = next(iter(self.weight.axes[0]), None)
         self.sliced = [
@@ -86,19 +70,6 @@ class _Stack:
             for f in self.weight.factors
         )
         return Perturbed(value, self.weight.axes[1:], factors)
-
-
-def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
-    """How many constants a `scan` has, and how many carried values."""
-    if "num_consts" in eqn.params:
-        return eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, _ = eqn.params["ft_in"].unpack()  # JAX 0.12
-    return len(consts), len(carry)
-
-
-def while_counts(eqn: JaxprEqn) -> tuple[int, int]:
-    """How many constants the condition of a `while_loop` has, and how many its body."""
-    return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
 @rule("while", table=PROGRAMS)

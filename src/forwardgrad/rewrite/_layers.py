@@ -1,4 +1,4 @@
-"""Activations of a program: what its parameters make of data, and where to take hold of it."""
+"""Evaluating a program with something else in the place of its activations."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,89 +6,68 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from forwardgrad._errors import InputError
-from forwardgrad.rewrite._dependence import (
-    BRANCHES,
-    ELEMENTWISE,
-    LATER,
-    MARK,
-    MARKED,
-    MOVES,
-    Dependence,
-    Terms,
-    is_mark,
-)
-from forwardgrad.rewrite._examples import UNKNOWN
-from forwardgrad.rewrite._perturbed import Label, Perturbed
-from forwardgrad.rewrite._walk import (
-    PROGRAMS,
-    AbstractWalk,
-    Array,
-    Value,
-    evaluate,
-    holds_custom_vjp,
-    programs,
-)
-
-PRODUCTS = ("dot_general", "conv_general_dilated")
+from forwardgrad.rewrite._axes import Places
+from forwardgrad.rewrite._flow import MIXED, Part, Place, tangent_program
+from forwardgrad.rewrite._plan import Layer, Output, Plan
+from forwardgrad.rewrite._primitives import CUSTOM_JVP, line_of, programs, shape_of
+from forwardgrad.rewrite._trace import Array, evaluate, is_inexact
+from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk
 
 
-def activation(z: jax.Array, *axes: str) -> jax.Array:
-    """`z`, marked as an activation, with the names of its axes.
+class Site(NamedTuple):
+    """One of a program's layers, and in loops the numbers of the iterations, from outside in."""
 
-    Without marks, every layer's output is an activation, and of its axes only that of the examples
-    is known. An entry of a marked one is taken to influence those losses alone that have the same
-    place along axes of the same name.
+    number: int
+    iterations: tuple[jax.Array, ...]
 
-    **Arguments:**
-
-    - `z`: the activation, before its nonlinearity.
-    - `axes`: a name for each axis: those of [`forwardgrad.Losses`][], or any other.
-
-    **Returns:**
-
-    `z`.
-    """
-    return checkpoint_name(z, MARK + ",".join(axes))
-
-
-@dataclasses.dataclass(eq=False)
-class Pending:
-    """What a layer has computed, before anything uses it."""
-
-    value: jax.Array
-    variable: Var
-    axes: tuple[str, ...] | None = None
-    settled: jax.Array | None = None
+    def key(self, key: jax.Array) -> jax.Array:
+        """A random key for this place."""
+        for number in (self.number, *self.iterations):
+            key = jax.random.fold_in(key, number)
+        return key
 
 
 class Activation(eqx.Module):
     """What a layer computes, or what goes into one, as a hook gets it.
 
-    `key` is a random key of its own; `axes` names its axes, where a mark or the losses' axis of
-    examples tells; `mask` is None, or False where a ReLU has no slope; `terms` are those of the
-    losses that it can change; `last` says that no layer comes between it and them; `stacked` counts
-    the loops whose iterations the arrays hold along their first axes.
+    `key` is a random key of its own. `places` says for the axes of the losses that it can change
+    where in it they are; `terms` are those losses. `mask` is None, or False where a ReLU has no
+    slope; `last` says that no layer comes between it and the losses; `line` is the user's, and
+    `variable` what it is called in the program. `stacked`
+    counts the loops whose iterations the arrays hold along their first axes.
     """
 
     value: jax.Array
-    key: jax.Array
+    site: Site
     mask: jax.Array | None = None
-    axes: tuple[str, ...] | None = eqx.field(static=True, default=None)
-    terms: frozenset[int] = eqx.field(static=True, default=frozenset())
+    places: tuple[tuple[Any, Place], ...] = eqx.field(static=True, default=())
     last: bool = eqx.field(static=True, default=False)
+    line: str = eqx.field(static=True, default="")
+    variable: Var | None = eqx.field(static=True, default=None)
     stacked: int = eqx.field(static=True, default=0)
 
-    def each(self, function: Callable[["Activation"], jax.Array]) -> jax.Array:
-        """`function` of the activation, or of that of every iteration, stacked alike."""
+    @property
+    def terms(self) -> frozenset[int]:
+        """The terms of the losses that it can change."""
+        return frozenset(term for (term, _), _ in self.places)
+
+    def place(self, term: int, name: str) -> Place:
+        """Where one axis of one term is, loops being the first axes."""
+        place = dict(self.places).get((term, name), MIXED)
+        if place.parts is None:
+            return place
+        parts = tuple(p._replace(axis=p.axis + self.stacked) for p in place.parts)
+        return Place(parts, place.mixed)
+
+    def each(self, function: Callable, *args: Any) -> Any:
+        """`function(activation, *args)` of the activation of every iteration, stacked alike."""
         if not self.stacked:
-            return function(self)
+            return function(self, *args)
         iterations = dataclasses.replace(self, stacked=self.stacked - 1)
-        return jax.vmap(lambda a: a.each(function))(iterations)
+        return jax.vmap(lambda a, *args: a.each(function, *args))(iterations, *args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +75,12 @@ class Hooks:
     """What is to be different in an evaluation.
 
     `activation(a)` returns what takes an activation's place, `layer_input(x)` what takes the place
-    of data that goes into a layer, and `product(key, eqn, arrays, weight)` the output of a matrix
-    product or convolution, the operand at position `weight` being the weight.
+    of data that goes into a layer, and `product(layer, site, arrays)` what a product computes.
     """
 
     activation: Callable[[Activation], jax.Array] | None = None
     layer_input: Callable[[Activation], jax.Array] | None = None
-    product: Callable[[jax.Array, JaxprEqn, Sequence[Array], int], jax.Array] | None = None
+    product: Callable[[Layer, Site, Sequence[Array]], jax.Array] | None = None
 
 
 class Noted(NamedTuple):
@@ -113,28 +91,15 @@ class Noted(NamedTuple):
 
 
 class LayerWalk(AbstractWalk):
-    """Evaluates a program layer by layer, with hooks at what goes in and what comes out.
+    """Evaluates a program with hooks at what goes into its layers and what comes out."""
 
-    A *layer* is an equation in which parameters meet data: a product, a convolution, a lookup, but
-    also an added bias or a learned scale. What it computes is an activation as soon as anything
-    but another elementwise layer uses it, so that a product and its bias are one.
-
-    **Arguments:**
-
-    - `dependence`: the program's.
-    - `key`: a random key.
-    - `hooks`: what is to be different.
-    - `count`: a list with the number of keys that were used, shared with the bodies of loops.
-    """
-
-    def __init__(self, dependence: Dependence, key: jax.Array, hooks: Hooks, count: list[int]):
-        self._dependence, self._key, self._hooks, self._count = dependence, key, hooks, count
-        self._noted = Noted([], [])
+    def __init__(self, plan: Plan, hooks: Hooks, iterations: tuple[jax.Array, ...] = ()):
+        self._plan, self._hooks, self._iterations = plan, hooks, iterations
+        self._noted, self._read = Noted([], []), {}
 
     def iteration(self, i: jax.Array) -> "LayerWalk":
         """The walk through the body of a loop in its i-th iteration."""
-        key = jax.random.fold_in(self._key, i)
-        return LayerWalk(self._dependence, key, self._hooks, self._count)
+        return LayerWalk(self._plan, self._hooks, (*self._iterations, i))
 
     @property
     def noted(self) -> Noted:
@@ -146,164 +111,105 @@ class LayerWalk(AbstractWalk):
         for own, inner in zip(self._noted, stacked, strict=True):
             own += [dataclasses.replace(a, stacked=a.stacked + 1) for a in inner]
 
-    def record(self, contracted: Sequence[Label] = (), stacked: Sequence[Label] = ()) -> None:
-        """Nothing is noted."""
+    def array(self, value: Array) -> Array:
+        """`value`."""
+        return value
 
-    def array(self, value: Value) -> Array:
-        """`value` as an array, and in the place of an activation what is to be there."""
-        if isinstance(value, Perturbed):
-            return value.value
-        return self._settle(value, None) if isinstance(value, Pending) else value
-
-    def equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    def equation(self, eqn: JaxprEqn, invals: Sequence[Array]) -> Sequence[Array]:
         """The outputs of one equation."""
-        name = eqn.primitive.name
-        with_params = any(isinstance(v, Perturbed) for v in invals)
-        if with_params and name == "while":
-            raise InputError(
-                "a parameter enters a while_loop, which has no reverse mode, and this estimator "
-                "needs that of every single layer; WeightPerturbation() needs none"
-            )
-        with_pending = any(isinstance(v, Pending) for v in invals)
-        if is_mark(eqn):
-            axes = tuple(eqn.params["name"].removeprefix(MARK).split(","))
-            value = invals[0].value if with_pending else invals[0]
-            return [Pending(value, eqn.outvars[0], axes)]
-        if name in BRANCHES and self._hooks.product is None:
-            return self._branches(eqn, invals, with_params)
-        if self._is_program(eqn) and (with_params or with_pending or holds_custom_vjp(eqn)):
-            if name == "scan":
-                invals = [v if isinstance(v, Perturbed) else self.array(v) for v in invals]
-            return self._from_inside(PROGRAMS.get(name, PROGRAMS["jit"])(self, eqn, invals), eqn)
-        if name in MOVES and with_pending and self._only_moved(invals[0]):
-            return [Pending(out, v) for out, v in _pairs(evaluate(eqn, [invals[0].value]), eqn)]
-        if not with_params:
-            arrays = [self._settle(v, eqn) if isinstance(v, Pending) else v for v in invals]
-            return evaluate(eqn, arrays)
-        if any(
-            not (isinstance(v, Perturbed) or isinstance(a, Literal))
-            for v, a in zip(invals, eqn.invars, strict=True)
-        ):
-            return self._layer(eqn, invals)
-        return [parameter(out) for out in evaluate(eqn, [self.array(v) for v in invals])]
-
-    def _is_program(self, eqn: JaxprEqn) -> bool:
-        name = eqn.primitive.name
-        # The derivative of a function with a rule of its own does not know of other products.
-        inline = self._hooks.product is not None and name.startswith("custom_jvp_call")
-        return name in PROGRAMS or inline
-
-    def _from_inside(self, outs: Sequence[Value], eqn: JaxprEqn) -> Sequence[Value]:
-        """A program's outputs, by the names that they have outside."""
-        for out, variable in zip(outs, eqn.outvars, strict=True):
-            if isinstance(out, Pending) and self._dependence.uses[out.variable] == 1:
-                out.variable = variable
-        return outs
-
-    def _only_moved(self, value: Value) -> bool:
-        """Whether what a layer computes is used by the equation at hand alone."""
-        unmarked = isinstance(value, Pending) and value.axes is None
-        return unmarked and self._dependence.uses[value.variable] == 1
-
-    def _branches(
-        self, eqn: JaxprEqn, invals: Sequence[Value], with_params: bool
-    ) -> Sequence[Value]:
-        """A `cond` or `while_loop`, which is one layer if parameters enter it."""
-        inside = LayerWalk(self._dependence, self._key, Hooks(), self._count)
-
-        def apply(arrays: Sequence[Array]) -> Sequence[Array]:
-            return PROGRAMS[eqn.primitive.name](inside, eqn, arrays)
-
-        if not with_params:
-            return apply([self.array(v) for v in invals])
-        return [Pending(out, v) for out, v in _pairs(apply(self._inputs(eqn, invals)), eqn)]
-
-    def _axes(self, variable: Any) -> tuple[str, ...] | None:
-        axis = self._dependence.examples.get(variable)
-        if axis is None or axis == UNKNOWN:
-            return None
-        return tuple("example" if i == axis else "unit" for i in range(len(variable.aval.shape)))
-
-    def _next_key(self) -> jax.Array:
-        self._count[0] += 1
-        return jax.random.fold_in(self._key, self._count[0])
-
-    def _layer(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
-        pending = [v for v in invals if isinstance(v, Pending)]
-        if eqn.primitive.name in ELEMENTWISE and len(pending) == 1:
-            outs = evaluate(
-                eqn, [self.array(v) if v is not pending[0] else v.value for v in invals]
-            )
-            return [Pending(out, v, pending[0].axes) for out, v in _pairs(outs, eqn)]
-        arrays = self._inputs(eqn, invals)
-        weight = [isinstance(v, Perturbed) for v in invals].index(True)
-        if self._hooks.product is None or eqn.primitive.name not in PRODUCTS:
-            outs = evaluate(eqn, arrays)
+        layer = self._plan.layers.get(id(eqn))
+        if layer is not None:
+            outs = self._layer(layer, invals)
+        elif eqn.primitive.name == "scan" and self._has_layers(eqn):
+            outs = PROGRAMS["scan"](self, eqn, invals)
         else:
-            outs = [self._hooks.product(self._next_key(), eqn, arrays, weight)]
-        return [Pending(out, v) for out, v in _pairs(outs, eqn)]
+            outs = evaluate(eqn, invals)
+        return [self._replaced(v, out) for v, out in zip(eqn.outvars, outs, strict=True)]
 
-    def _inputs(self, eqn: JaxprEqn, invals: Sequence[Value]) -> list[Array]:
-        """What goes into a layer: its parameters, and data as the hook has them."""
-        terms = frozenset().union(*[self._dependence.of(v) for v in eqn.outvars])
+    def _has_layers(self, eqn: JaxprEqn) -> bool:
+        def anywhere(jaxpr: Jaxpr) -> bool:
+            return any(
+                id(e) in self._plan.layers
+                or any(v in self._plan.outputs for v in e.outvars)
+                or (e.primitive.name == "scan" and anywhere(programs(e)[0].jaxpr))
+                for e in jaxpr.eqns
+            )
 
-        def read(value: Value, atom: Any) -> Array:
-            array = self.array(value)
-            if self._hooks.layer_input is None or isinstance(value, Perturbed):
-                return array
-            if isinstance(atom, Literal) or not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
-                return array
+        return anywhere(programs(eqn)[0].jaxpr)
+
+    def _layer(self, layer: Layer, invals: Sequence[Array]) -> Sequence[Array]:
+        eqn, arrays = layer.eqn, list(invals)
+        if eqn.primitive.name == "while":
+            raise InputError(
+                f"a parameter enters a while_loop at {line_of(eqn)}, which has no reverse mode, and "
+                "this estimator needs that of every single layer; WeightPerturbation() needs none"
+            )
+        if self._hooks.layer_input is not None:
+            for i in layer.data:
+                if i != layer.merged and is_inexact(eqn.invars[i]) and layer.moves:
+                    arrays[i] = self._input(eqn.invars[i], layer, i, arrays[i])
+        if self._hooks.product is not None and any(self._plan.places(v) for v in eqn.outvars):
+            return [self._hooks.product(layer, Site(layer.number, self._iterations), arrays)]
+        return evaluate(eqn, arrays)
+
+    def _input(self, atom: Any, layer: Layer, position: int, value: Array) -> Array:
+        """What takes the place of data that goes into layers, the same for all of them."""
+        if atom not in self._read:
             data = Activation(
-                array, self._next_key(), axes=self._axes(atom), terms=terms - {LATER, MARKED}
+                value,
+                Site(layer.first_input + position, self._iterations),
+                places=tuple(self._plan.places(atom).items()),
+                line=line_of(layer.eqn),
+                variable=atom,
             )
             self._noted.inputs.append(data)
-            return self._hooks.layer_input(data)
+            assert self._hooks.layer_input is not None
+            self._read[atom] = self._hooks.layer_input(data)
+        return self._read[atom]
 
-        return [read(v, a) for v, a in zip(invals, eqn.invars, strict=True)]
-
-    def _settle(self, pending: Pending, user: JaxprEqn | None) -> jax.Array:
-        """What takes the place of an activation, the same for all that use it."""
-        if pending.settled is None:
-            terms = self._dependence.of(pending.variable)
-            if MARKED in terms and LATER not in terms:
-                # It is on its way to a mark.
-                return pending.value
-            pending.settled = self._replaced(pending, terms, user)
-        return pending.settled
-
-    def _replaced(self, pending: Pending, terms: Terms, user: JaxprEqn | None) -> jax.Array:
-        z, losses = pending.value, terms - {LATER, MARKED}
-        if self._hooks.activation is None or not losses or not jnp.issubdtype(z.dtype, jnp.inexact):
+    def _replaced(self, v: Var, z: Array) -> Array:
+        """What takes the place of a variable's value."""
+        output = self._plan.outputs.get(v)
+        if output is None or self._hooks.activation is None or not is_inexact(v):
+            return z
+        places = self._plan.places(v)
+        if not places or self._plan.is_on_its_way(v):
             return z
         activation = Activation(
             z,
-            self._next_key(),
-            self._mask(pending, user),
-            axes=pending.axes or self._axes(pending.variable),
-            terms=losses,
-            last=LATER not in terms,
+            Site(output.number, self._iterations),
+            _mask(output, z),
+            places=tuple(_named(places, output, shape_of(v)).items()),
+            last=self._plan.is_last(v),
+            line=line_of(output.eqn),
+            variable=v,
         )
         self._noted.activations.append(activation)
         return self._hooks.activation(activation)
 
-    def _mask(self, pending: Pending, user: JaxprEqn | None) -> jax.Array | None:
-        """Where the ReLU that alone uses an activation has a slope."""
-        threshold = None if user is None else _threshold(user)
-        if threshold is None or self._dependence.uses[pending.variable] != 1:
-            return None
-        return jax.lax.stop_gradient(pending.value > threshold)
+
+def _named(places: Places, output: Output, shape: Sequence[int]) -> Places:
+    """Where axes are, by the names of a mark where there is one."""
+    if output.names is None:
+        return places
+    found = {}
+    for (term, name), place in places.items():
+        axes = [i for i, n in enumerate(output.names) if n == name and name is not None]
+        parts = tuple(Part(i, 1, shape[i]) for i in axes)
+        found[term, name] = Place(parts, False) if axes else place
+    return found
 
 
-def _pairs(outs: Sequence[Array], eqn: JaxprEqn) -> list[tuple[Array, Var]]:
-    return list(zip(outs, eqn.outvars, strict=True))
+def _mask(output: Output, z: jax.Array) -> jax.Array | None:
+    """Where the ReLU that alone uses an activation has a slope."""
+    threshold = None if output.user is None else _threshold(output.user)
+    return None if threshold is None else jax.lax.stop_gradient(z > threshold)
 
 
 def _threshold(eqn: JaxprEqn) -> Any:
-    """The constant c of an equation that is max(z, c), None for any other."""
-    inner = programs(eqn)
-    while len(inner) == 1 and len(inner[0].jaxpr.eqns) == 1:
-        (eqn,) = inner[0].jaxpr.eqns
-        inner = programs(eqn)
+    """The constant c of an equation that is max(z, c), and has no slope below; else None."""
+    if eqn.primitive.name == CUSTOM_JVP:
+        return _threshold_of_rule(tangent_program(eqn).jaxpr)
     if eqn.primitive.name == "clamp":
         least = eqn.invars[0]
         return least.val if isinstance(least, Literal) else None
@@ -313,6 +219,18 @@ def _threshold(eqn: JaxprEqn) -> Any:
     return constants[0] if constants else None
 
 
-def parameter(value: Any) -> Perturbed:
-    """A value that depends on parameters alone."""
-    return Perturbed(value, ((),) * jnp.ndim(value), ())
+def _threshold_of_rule(rule: Jaxpr) -> Any:
+    """The same, where the derivative is given by a rule: `where(z > c, dz, 0)`."""
+    made = {v: eqn for eqn in rule.eqns for v in eqn.outvars}
+    last = made.get(rule.outvars[0]) if isinstance(rule.outvars[0], Var) else None
+    if last is None or last.primitive.name != "select_n" or len(last.invars) != 3:
+        return None
+    where, zero, moved = last.invars
+    if not isinstance(zero, Literal) and (full := made.get(zero)) is not None:
+        zero = full.invars[0] if full.primitive.name == "broadcast_in_dim" else zero
+    test = None if isinstance(where, Literal) else made.get(where)
+    if not isinstance(zero, Literal) or zero.val != 0 or moved is not rule.invars[-1]:
+        return None
+    if test is None or test.primitive.name != "gt" or test.invars[0] is not rule.invars[0]:
+        return None
+    return test.invars[1].val if isinstance(test.invars[1], Literal) else None

@@ -167,7 +167,9 @@ class Perturbed:
         """The weight with another value of the same layout and its tangent times `scale`."""
         first, *rest = self.factors
         if scale is not None:
-            first = Factor(first.array * scale.astype(first.array.dtype), first.labels)
+            if not jnp.iscomplexobj(scale):
+                scale = scale.astype(first.array.dtype)
+            first = Factor(first.array * scale, first.labels)
         return Perturbed(value, self.axes, (first, *rest))
 
 
@@ -222,6 +224,16 @@ def _arrange(x: Factor, out: Sequence[Label]) -> jax.Array:
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x` with the sharding of `like`, where that is a part of types (an explicit mesh)."""
-    sharding = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+    """`x` placed as `like` is, where that is a part of types: on an explicit mesh, in `shard_map`."""
+    x = varying_like(x, like)
+    own, wanted = jax.typeof(x).sharding, jax.typeof(like).sharding
+    if own.spec == wanted.spec or wanted.mesh.empty:
+        return x
+    return x if own == wanted else jax.sharding.reshard(x, wanted)
+
+
+def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x`, in a `shard_map` varying along all mesh axes that `like` varies along."""
+    own, wanted = (jax.typeof(a).manual_axis_type.varying for a in (x, like))
+    missing = tuple(sorted(wanted - own))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -9,13 +9,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal, Var
 
 from forwardgrad._losses import Losses
 from forwardgrad.rewrite import _control, _rules  # noqa: F401  (they register their rules)
-from forwardgrad.rewrite._dependence import LATER, MARKED, PARAMETER, Dependence
-from forwardgrad.rewrite._examples import example_axes
-from forwardgrad.rewrite._layers import Hooks, LayerWalk, Noted, parameter
+from forwardgrad.rewrite._axes import NamedAxes, Places
+from forwardgrad.rewrite._flow import Influence, Part, Place
+from forwardgrad.rewrite._layers import Hooks, LayerWalk, Noted
 from forwardgrad.rewrite._perturbed import (
     RANK,
     TANGENTS,
@@ -25,7 +25,10 @@ from forwardgrad.rewrite._perturbed import (
     multiply,
     placed_like,
 )
-from forwardgrad.rewrite._stages import Stage, after, stages
+from forwardgrad.rewrite._plan import Plan
+from forwardgrad.rewrite._primitives import UNBATCHABLE, names, shape_of
+from forwardgrad.rewrite._stages import Stage, after, is_lasting, stages
+from forwardgrad.rewrite._trace import inline, trace
 from forwardgrad.rewrite._walk import Roles, Walk
 
 
@@ -49,16 +52,19 @@ Layout = tuple[FactorShape, ...]
 
 
 class Program:
-    """`fun(params) -> (losses, aux)` as a jaxpr, to be evaluated with perturbed parameters.
+    """`fun(params) -> (losses, aux)` as a jaxpr, to be evaluated with something else in places.
 
     **Arguments:**
 
     - `fun`: a function of one pytree of arrays that returns a tree of losses and any auxiliary
-        data.
+        data. Its attribute `given`, if it has one, holds arrays that it closes over which are data.
     - `params`: that pytree.
+    - `forward`: whether forward mode is to go through it.
     """
 
-    def __init__(self, fun: Callable[[Any], tuple[Any, Any]], params: Any):
+    def __init__(
+        self, fun: Callable[[Any], tuple[Any, Any]], params: Any, *, forward: bool = True
+    ):
         self.leaves, self.treedef = jax.tree.flatten(params)
         structure = []
 
@@ -70,10 +76,10 @@ class Program:
             structure.append((losses_treedef, aux_treedef, static))
             return terms, aux_leaves
 
-        closed = jax.make_jaxpr(flat)(self.leaves)
-        consts = [c if isinstance(c, jax.Array) else jnp.asarray(c) for c in closed.consts]
-        self._closed = ClosedJaxpr(closed.jaxpr, consts)
+        self._closed = inline(trace(flat, self.leaves), forward)
         self._losses_treedef, self._aux_treedef, self._static_aux = structure[-1]
+        self._given = getattr(fun, "given", ())
+        self._towards: dict[Var, dict[Var, Places]] = {}
 
     def stage_by_stage(
         self, run: Callable[[Stage, int, list[jax.Array]], tuple[Sequence[jax.Array], Any]]
@@ -101,22 +107,18 @@ class Program:
         return outs[: self.terms], outs[self.terms :], everything
 
     def with_hooks(
-        self, leaves: Sequence[jax.Array], key: jax.Array, hooks: Hooks
+        self, leaves: Sequence[jax.Array], hooks: Hooks
     ) -> tuple[list[jax.Array], list[jax.Array], Noted]:
         """The losses, the auxiliary data, and what the hooks were called with."""
-        walk = self.layer_walk(key, hooks)
-        outs = walk.arrays(self._closed.jaxpr, self._closed.consts, [parameter(a) for a in leaves])
+        walk = LayerWalk(self.plan, hooks)
+        outs = walk.arrays(self._closed.jaxpr, self._closed.consts, leaves)
         arrays = [jnp.asarray(out) for out in outs]
         return arrays[: self.terms], arrays[self.terms :], walk.noted
-
-    def layer_walk(self, key: jax.Array, hooks: Hooks) -> LayerWalk:
-        """A walk layer by layer, through the program or a stage of it."""
-        return LayerWalk(self._dependence, key, hooks, [0])
 
     @functools.cached_property
     def stages(self) -> list[Stage]:
         """Its stages."""
-        return stages(self._closed.jaxpr, self._dependence)
+        return stages(self._closed.jaxpr, self._influence)
 
     def terms_of(self, stage: Stage) -> dict[int, int]:
         """Where among a stage's `writes` which terms of the losses are."""
@@ -124,19 +126,47 @@ class Program:
         return {i: stage.writes.index(v) for i, v in enumerate(variables) if v in stage.writes}
 
     @functools.cached_property
-    def _dependence(self) -> Dependence:
-        jaxpr, dependence = self._closed.jaxpr, Dependence()
-        dependence.find_layers(jaxpr, [PARAMETER] * len(jaxpr.invars))
-        terms = [frozenset({i} if i < self.terms else ()) for i in range(len(jaxpr.outvars))]
-        dependence.trace(jaxpr, terms)
-        dependence.examples = example_axes(jaxpr, self._example_axes(len(jaxpr.outvars)))
-        return dependence
+    def _influence(self) -> Influence:
+        influence = Influence()
+        terms = [frozenset({i} if i < self.terms else ()) for i in range(self._outputs)]
+        influence.run(self._closed.jaxpr, [t or None for t in terms])
+        return influence
 
-    def _example_axes(self, outputs: int) -> Sequence[int | None]:
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """Its layers and activations."""
         losses = self._losses_treedef.unflatten([None] * self.terms)
-        names = losses.axes if isinstance(losses, Losses) else ()
-        axes = [n.index("example") if "example" in n else None for n in names]
-        return [*axes, *[None] * (outputs - len(axes))]
+        axes = losses.axes if isinstance(losses, Losses) else ((),) * self.terms
+        return Plan(self._closed, axes, self._given)
+
+    def places_towards(self, variable: Var) -> dict[Var, Places]:
+        """Where in all other variables the axes of one are, called "0", "1" and so on.
+
+        The first ones are the loops that it is in.
+        """
+        if variable not in self._towards:
+            flow, loops = NamedAxes(self._closed), self.plan.outputs[variable].loops
+            shape = (*loops, *shape_of(variable))
+            parts = [Part(i - len(loops), 1, n) for i, n in enumerate(shape)]
+            flow.note(variable, {(0, str(i)): Place((p,), False) for i, p in enumerate(parts)})
+            flow.run(self._closed.jaxpr, [None] * self._outputs)
+            self._towards[variable] = flow.found
+        return self._towards[variable]
+
+    @property
+    def has_effects(self) -> bool:
+        """Whether it does anything but compute."""
+        return any(map(is_lasting, self._closed.jaxpr.effects))
+
+    @functools.cached_property
+    def may_refuse_vmap(self) -> bool:
+        """Whether it holds effects, or primitives that cannot always be batched."""
+        jaxpr = self._closed.jaxpr
+        return bool(jaxpr.effects) or not names(jaxpr).isdisjoint(UNBATCHABLE)
+
+    @property
+    def _outputs(self) -> int:
+        return len(self._closed.jaxpr.outvars)
 
     @property
     def terms(self) -> int:
@@ -149,12 +179,12 @@ class Program:
 
     def influence(self) -> list[frozenset[int]]:
         """For each parameter, the terms of the losses that it can change."""
-        return [self._dependence.of(v) - {LATER, MARKED} for v in self._closed.jaxpr.invars]
+        return [self._influence.of(v) or frozenset() for v in self._closed.jaxpr.invars]
 
     def of_last_layers(self) -> list[int]:
         """The positions of the parameters that no layer comes after."""
-        terms = [self._dependence.of(v) for v in self._closed.jaxpr.invars]
-        return [i for i, t in enumerate(terms) if t and t.isdisjoint({LATER, MARKED})]
+        parameters = enumerate(self._closed.jaxpr.invars)
+        return [i for i, v in parameters if self.plan.terms(v) and self.plan.is_last(v)]
 
     def auxiliary(self, arrays: Sequence[jax.Array]) -> Any:
         """The auxiliary data, as `fun` returned it."""
@@ -203,6 +233,11 @@ def _layout(shape: Sequence[int], roles: Roles) -> Layout:
     )
 
 
+def computed_in(dtype: Any) -> Any:
+    """The type that factors of a weight have: eight bits are for storage alone."""
+    return jnp.float32 if jnp.dtype(dtype).itemsize == 1 else dtype
+
+
 def _axes(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis for axis, size in enumerate(shape) if size != 1)
 
@@ -215,7 +250,8 @@ def perturbed(
         return value
     axes = tuple((Label(leaf, axis),) if size != 1 else () for axis, size in enumerate(value.shape))
     if arrays is None:
-        arrays = [jnp.ones(factor_shape(value.shape, f), value.dtype) for f in layout]
+        dtype = computed_in(value.dtype)
+        arrays = [jnp.ones(factor_shape(value.shape, f), dtype) for f in layout]
     return Perturbed(value, axes, named(leaf, layout, arrays))
 
 
@@ -252,7 +288,7 @@ def combine_tangents(
 ) -> jax.Array:
     """`sum_k coefficients[k] V_k` for tangents stacked along the first axis of their factors."""
     out = tuple(Label(leaf, axis) for axis in _axes(value.shape))
-    weights = Factor(coefficients.astype(value.dtype), (TANGENTS,))
+    weights = Factor(coefficients.astype(computed_in(value.dtype)), (TANGENTS,))
     factors = (weights, *named(leaf, layout, arrays, extra=(TANGENTS, RANK)))
     terms = [factors]
     if len(layout) > 1:

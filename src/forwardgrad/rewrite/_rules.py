@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
 from forwardgrad.rewrite._perturbed import RANK, Factor, Label, Perturbed, contract, multiply
-from forwardgrad.rewrite._walk import Array, Value, Walk, evaluate, rule
+from forwardgrad.rewrite._trace import Array, evaluate
+from forwardgrad.rewrite._walk import Value, Walk, rule
 
 
 @rule("dot_general")
@@ -205,12 +206,20 @@ def _reshape(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Val
     return None if reshaped is None else [reshaped]
 
 
-@rule("convert_element_type", "copy", "copy_p", "sharding_constraint", "name")
-def _same_layout(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
-    (value,) = evaluate(eqn, [invals[0].value])
+@rule(
+    *("convert_element_type", "copy", "copy_p", "sharding_constraint", "reshard", "pvary"),
+    *("name", "forwardgrad_mark"),
+)
+def _same_layout(
+    walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]
+) -> Sequence[Value] | None:
+    weight = invals[0]
+    (value,) = evaluate(eqn, [weight.value])
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         return [value]
-    return [invals[0].with_value(value)]
+    if jnp.iscomplexobj(weight.value) and not jnp.iscomplexobj(value):
+        return None
+    return [weight.with_value(value)]
 
 
 @rule("stop_gradient")

@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from forwardgrad.rewrite._dependence import Dependence
+from forwardgrad._errors import InputError
+from forwardgrad.rewrite._flow import Influence
+from forwardgrad.rewrite._primitives import line_of
+from forwardgrad.rewrite._trace import inline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +28,29 @@ class Stage:
     reads: tuple[Var, ...]
     writes: tuple[Var, ...]
 
+    def without_effects(self) -> Jaxpr:
+        """Its program without callbacks that return nothing, to be evaluated once more.
 
-def stages(jaxpr: Jaxpr, dependence: Dependence) -> list[Stage]:
+        **Raises:**
+
+        `InputError` if other effects are left.
+        """
+        jaxpr = inline(ClosedJaxpr(self.jaxpr, ()), forward=True, pure=True).jaxpr
+        left = [eqn for eqn in jaxpr.eqns if any(map(is_lasting, eqn.effects))]
+        if left:
+            raise InputError(
+                f"tangents must be 1 where fun has effects that vmap refuses: the one at "
+                f"{line_of(left[0])} would happen once for each tangent"
+            )
+        return jaxpr
+
+
+def is_lasting(effect: object) -> bool:
+    """Whether an effect is on anything but an array of the program's own."""
+    return not type(effect).__module__.endswith("state.types")
+
+
+def stages(jaxpr: Jaxpr, influence: Influence) -> list[Stage]:
     """A program cut wherever `stop_gradient` lets nothing through that derivatives depend on.
 
     With greedy local losses, every block is a stage. All but one are then over, with everything
@@ -35,9 +59,9 @@ def stages(jaxpr: Jaxpr, dependence: Dependence) -> list[Stage]:
     **Arguments:**
 
     - `jaxpr`: the program, whose inputs are its parameters.
-    - `dependence`: what depends on what in it.
+    - `influence`: which terms of the losses its variables can change.
     """
-    bounds = [0, *_cuts(jaxpr, dependence), len(jaxpr.eqns)]
+    bounds = [0, *_cuts(jaxpr, influence), len(jaxpr.eqns)]
     last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
     last_use |= {v: len(jaxpr.eqns) for v in _variables(jaxpr.outvars)}
     parts = []
@@ -58,7 +82,7 @@ def stages(jaxpr: Jaxpr, dependence: Dependence) -> list[Stage]:
     return parts
 
 
-def _cuts(jaxpr: Jaxpr, dependence: Dependence) -> list[int]:
+def _cuts(jaxpr: Jaxpr, influence: Influence) -> list[int]:
     """The positions of the `stop_gradient` equations that no derivative passes by."""
     moving = dict.fromkeys(jaxpr.invars, -1)
     crossed: set[int] = set()
@@ -70,7 +94,7 @@ def _cuts(jaxpr: Jaxpr, dependence: Dependence) -> list[int]:
             continue
         if inputs:
             moving.update(dict.fromkeys(eqn.outvars, i))
-        if any(dependence.of(v) for v in eqn.outvars):
+        if any(influence.of(v) for v in eqn.outvars):
             for v in inputs:
                 crossed.update(range(moving[v] + 1, i + 1) if v not in jaxpr.invars else ())
     return [i for i in candidates if i not in crossed and i - 1 not in candidates and i > 0]

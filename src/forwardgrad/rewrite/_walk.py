@@ -2,8 +2,7 @@
 
 Every equation that no perturbed weight enters is evaluated as it stands. One that a weight enters
 has a rule (`_rules.py`) or gets the weight with its tangent built as an array, which is always
-correct. Equations that hold programs of their own (`jit`, `scan`, `cond`, ...) are walked through
-(`_control.py`).
+correct. Loops and branches are walked through (`_control.py`).
 """
 
 import abc
@@ -14,12 +13,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from forwardgrad.rewrite._perturbed import Factor, Label, Perturbed, placed_like
-
-Array: TypeAlias = Any
-"""A JAX array, or one of the NumPy arrays and numbers that jaxprs hold as constants."""
+from forwardgrad.rewrite._trace import Array, evaluate
 
 Value: TypeAlias = Any
 """An array, or a `Perturbed` weight."""
@@ -99,11 +96,6 @@ class AbstractWalk(abc.ABC):
     def note(self, stacked: Any) -> None:
         """Take over `noted` of the iterations of a loop, stacked."""
         del stacked
-
-    @abc.abstractmethod
-    def record(self, contracted: Sequence[Label] = (), stacked: Sequence[Label] = ()) -> None:
-        """Note what a rule does with the axes that the labels came from."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Walk(AbstractWalk):
@@ -188,7 +180,7 @@ class Walk(AbstractWalk):
         """The outputs of one equation, by its rule if a weight enters it."""
         name = eqn.primitive.name
         perturbed = any(isinstance(v, Perturbed) for v in invals)
-        if name in PROGRAMS and (perturbed or holds_custom_vjp(eqn)):
+        if perturbed and name in PROGRAMS:
             outs = PROGRAMS[name](self, eqn, invals)
         elif perturbed and name in RULES:
             outs = RULES[name](self, eqn, invals)
@@ -197,39 +189,6 @@ class Walk(AbstractWalk):
         if outs is not None:
             return outs
         return evaluate(eqn, [self.array(v) for v in invals])
-
-
-def evaluate(eqn: JaxprEqn, invals: Sequence[Array]) -> list[jax.Array]:
-    """The outputs of one equation at `invals`, as the program without us would compute them."""
-    variables = {
-        atom: value
-        for atom, value in zip(eqn.invars, invals, strict=True)
-        if not isinstance(atom, Literal)
-    }
-    info = DebugInfo("forwardgrad", eqn.primitive.name, None, None)
-    jaxpr = Jaxpr((), list(variables), list(eqn.outvars), [eqn], eqn.effects, info)
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*variables.values())
-
-
-def programs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
-    """The jaxprs among an equation's parameters."""
-    found = []
-    for param in eqn.params.values():
-        for item in param if isinstance(param, tuple | list) else (param,):
-            if isinstance(item, ClosedJaxpr):
-                found.append(item)
-            elif isinstance(item, Jaxpr):
-                found.append(ClosedJaxpr(item, ()))
-    return found
-
-
-def holds_custom_vjp(eqn: JaxprEqn) -> bool:
-    """Whether a function with only a reverse rule is called, which `jax.jvp` would refuse."""
-    if eqn.primitive.name.startswith("custom_vjp_call"):
-        return True
-    if eqn.primitive.name.startswith("custom_jvp_call"):
-        return False
-    return any(holds_custom_vjp(inner) for p in programs(eqn) for inner in p.jaxpr.eqns)
 
 
 def _is_zero(tangent: Any) -> bool:

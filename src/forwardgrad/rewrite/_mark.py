@@ -1,0 +1,52 @@
+"""Activations that a model names by itself."""
+
+
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Inexact
+
+from forwardgrad._errors import InputError
+
+mark_p = Primitive("forwardgrad_mark")
+"""`names` has for each axis its name, or None for one that `vmap` has added."""
+
+
+def activation(z: Inexact[Array, "..."], *axes: str) -> Inexact[Array, "..."]:
+    """`z`, marked as an activation, with the names of its axes.
+
+    Without marks, every layer's output is an activation, and where in it the losses' axes are is
+    followed back through the program. A mark says it instead: an entry is taken to influence those
+    losses alone that have the same place along axes of the same name. Axes of the losses that it
+    does not name are followed as without.
+
+    **Arguments:**
+
+    - `z`: the activation, before its nonlinearity.
+    - `axes`: a name for each axis that `z` has here (under `vmap`, without the mapped one): those
+        of [`forwardgrad.Losses`][], or any other.
+
+    **Returns:**
+
+    `z`.
+
+    **Raises:**
+
+    `InputError` if there are not as many names as axes.
+    """
+    if len(axes) != z.ndim:
+        raise InputError(
+            f"activation must name every axis, got {len(axes)} names {axes} for a shape {z.shape}"
+        )
+    return mark_p.bind(z, names=axes)
+
+
+def _batch(args, dims, *, names):
+    (z,), (dim,) = args, dims
+    return mark_p.bind(z, names=(*names[:dim], None, *names[dim:])), dim
+
+
+mark_p.def_impl(lambda z, *, names: z)
+mark_p.def_abstract_eval(lambda z, *, names: z)
+ad.deflinear2(mark_p, lambda cotangent, z, *, names: [cotangent])
+batching.primitive_batchers[mark_p] = _batch
+mlir.register_lowering(mark_p, lambda ctx, z, *, names: [z])
