@@ -232,8 +232,6 @@ def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]
             place = (places or {}).get((0, str(axis)))
             if place is not None and place.parts and place.parts[0].through is None:
                 digits[axis] = tuple(p._replace(axis=p.axis + x.stacked) for p in place.parts)
-        if places is None:
-            continue
         _check_examples(program, v, digits, loops, x)
         flat = tuple(p for own in digits.values() for p in own)
         held = math.prod(p.size for p in flat)

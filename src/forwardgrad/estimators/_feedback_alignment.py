@@ -12,6 +12,7 @@ from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import AbstractEstimator, Objective
 from forwardgrad.estimators._distributions import draw, feedback_key
 from forwardgrad.estimators._feedback import Feedback, at_iterations
+from forwardgrad.estimators._steering import check_one_by_one
 from forwardgrad.rewrite import (
     SENT_BACK,
     Hooks,
@@ -106,6 +107,7 @@ class FeedbackAlignment(AbstractEstimator):
     def _estimate(
         self, program: Program, state: Feedback | None
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        check_one_by_one(program, "FeedbackAlignment")
         _check_layers(program)
 
         def product(layer, site, arrays):
@@ -188,7 +190,7 @@ def _fan_in(layer: Layer) -> int:
     return math.prod(shape[i] for i in numbers[0][weight])
 
 
-def _product_with_feedback(layer: Layer, arrays: Sequence[Array], feedback: Array) -> Array:
+def _product_with_feedback(layer: Layer, arrays: Sequence[Any], feedback: Array) -> Array:
     (weight,) = layer.weights
     (data,) = (i for i in layer.data if is_inexact(arrays[i]))
 

@@ -26,8 +26,11 @@ def influenced(activation: Activation, losses: Losses, program: Program) -> Arra
     total: Any = 0.0
     for i in sorted(activation.terms):
         names = losses.axes[i]
-        parts = [_own_parts(activation, i, names, name) for name in names]
         term = losses.terms[i]
+        parts = [
+            _own_parts(activation, i, names, name) if size > 1 else None
+            for name, size in zip(names, term.shape, strict=True)
+        ]
         term = term.astype(jnp.promote_types(term.dtype, jnp.float32))
         term = jnp.sum(term, axis=tuple(j for j, own in enumerate(parts) if own is None))
         kept = [own for own in parts if own is not None]
@@ -146,7 +149,13 @@ def over_tangents(
 
 
 def check_one_by_one(program: Program, estimator: str) -> None:
-    """Raise an `InputError` if several layers cannot be told apart."""
+    """Raise an `InputError` if several layers cannot be told apart, or one has no reverse mode."""
+    for eqn in program.plan.while_loops:
+        if any(program.plan.terms(v) for v in eqn.outvars):
+            raise InputError(
+                f"a parameter enters a while_loop at {line_of(eqn)}, which has no reverse mode, and "
+                f"{estimator} needs that of every single layer; WeightPerturbation() needs none"
+            )
     for layer in program.plan.layers.values():
         changes = any(program.plan.terms(v) for v in layer.eqn.outvars)
         if layer.deep and changes:

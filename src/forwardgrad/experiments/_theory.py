@@ -108,7 +108,7 @@ def _layers(step: Problem) -> tuple[list[Array], list[Array], list[Array], bool]
             return a.value if a.last else a.value + next(remaining)
 
         hooks = Hooks(activation=shifted, layer_input=lambda a: a.value)
-        terms, _, noted = program.with_hooks(program.leaves, jax.random.key(0), hooks)
+        terms, _, noted = program.with_hooks(program.leaves, hooks)
         losses = program.losses(terms)
         by_group = any("group 0" in names for names in losses.axes)
         arrays = [a.value for a in noted.inputs[:2]], [a.mask for a in noted.activations[:2]]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from forwardgrad.objectives._task import AbstractTask
+from forwardgrad.rewrite import transparent
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -25,7 +26,7 @@ def separate_losses(
 
     so that the losses' sum has the derivative that it has anyway.
     """
-    return task.losses(outputs, labels)
+    return task.losses(transparent(outputs), labels)
 
 
 @separate_losses.defjvp
@@ -81,7 +82,7 @@ def replicated_loss(
         Ren, Kornblith, Liao & Hinton, *Scaling Forward Gradient with Local Losses*, ICLR 2023,
         Section 4.
     """
-    outputs = jnp.mean(features, axis=2).T @ weight + bias
+    outputs = transparent(jnp.mean(features, axis=2).T @ weight + bias)
     return _copies(task.losses(outputs, labels), groups, patches)
 
 

@@ -9,6 +9,7 @@ from forwardgrad.rewrite._layers import Hooks as Hooks
 from forwardgrad.rewrite._layers import LayerWalk as LayerWalk
 from forwardgrad.rewrite._layers import Site as Site
 from forwardgrad.rewrite._mark import activation as activation
+from forwardgrad.rewrite._mark import transparent as transparent
 from forwardgrad.rewrite._plan import Layer as Layer
 from forwardgrad.rewrite._perturbed import placed_like as placed_like
 from forwardgrad.rewrite._perturbed import varying_like as varying_like
@@ -57,5 +58,6 @@ __all__ = [
     "named",
     "perturbed",
     "placed_like",
+    "transparent",
     "varying_like",
 ]

@@ -215,10 +215,15 @@ def _targets(flow: NamedAxes, eqn: JaxprEqn, number: int, part: Part) -> Sequenc
     name = eqn.primitive.name
     if name in ELEMENTWISE:
         shape = shape_of(eqn.outvars[number])
-        return [part.axis if shape_of(a) == shape else MIXED for a in eqn.invars]
+        return [_same_axis(shape_of(atom), shape, part.axis) for atom in eqn.invars]
     if name not in RULES:
         return [UNKNOWN] * len(eqn.invars)
     return RULES[name](flow, eqn, number, part.axis)
+
+
+def _same_axis(shape: Sequence[int], out: Sequence[int], axis: int) -> Target:
+    """The axis of an operand that may be a scalar, or of size one where the result is larger."""
+    return axis if len(shape) == len(out) and shape[axis] == out[axis] else MIXED
 
 
 def _placed(

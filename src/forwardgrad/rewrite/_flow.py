@@ -22,7 +22,7 @@ from forwardgrad.rewrite._primitives import (
     scan_counts,
     while_counts,
 )
-from forwardgrad.rewrite._trace import evaluate, inline, is_inexact
+from forwardgrad.rewrite._trace import evaluate, inline, is_inexact, kind_of_rule, pushed_forward
 
 V = TypeVar("V")
 
@@ -112,7 +112,9 @@ class Backward(abc.ABC, Generic[V]):
             return self._shards(eqn, inner[0].jaxpr, outs)
         if name == CUSTOM_JVP:
             return self.run_rule(eqn, outs)
-        if inner or name == CUSTOM_VJP:
+        if name == CUSTOM_VJP and kind_of_rule(eqn) == "linear":
+            return self.run_rule(pushed_forward(eqn).jaxpr.eqns[0], outs)
+        if inner:
             return self.opaque(eqn, outs)
         return self.through(eqn, outs)
 

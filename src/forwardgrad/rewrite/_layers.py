@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from forwardgrad._errors import InputError
 from forwardgrad.rewrite._axes import Places
 from forwardgrad.rewrite._flow import MIXED, Part, Place, tangent_program
 from forwardgrad.rewrite._plan import Layer, Output, Plan
@@ -33,7 +32,7 @@ class Site(NamedTuple):
 class Activation(eqx.Module):
     """What a layer computes, or what goes into one, as a hook gets it.
 
-    `key` is a random key of its own. `places` says for the axes of the losses that it can change
+    `places` says for the axes of the losses that it can change
     where in it they are; `terms` are those losses. `mask` is None, or False where a ReLU has no
     slope; `last` says that no layer comes between it and the losses; `line` is the user's, and
     `variable` what it is called in the program. `stacked`
@@ -41,13 +40,19 @@ class Activation(eqx.Module):
     """
 
     value: jax.Array
-    site: Site
-    mask: jax.Array | None = None
+    iterations: tuple[jax.Array, ...]
+    mask: jax.Array | None
+    number: int = eqx.field(static=True)
     places: tuple[tuple[Any, Place], ...] = eqx.field(static=True, default=())
     last: bool = eqx.field(static=True, default=False)
     line: str = eqx.field(static=True, default="")
     variable: Var | None = eqx.field(static=True, default=None)
     stacked: int = eqx.field(static=True, default=0)
+
+    @property
+    def site(self) -> Site:
+        """Which one it is."""
+        return Site(self.number, self.iterations)
 
     @property
     def terms(self) -> frozenset[int]:
@@ -139,11 +144,6 @@ class LayerWalk(AbstractWalk):
 
     def _layer(self, layer: Layer, invals: Sequence[Array]) -> Sequence[Array]:
         eqn, arrays = layer.eqn, list(invals)
-        if eqn.primitive.name == "while":
-            raise InputError(
-                f"a parameter enters a while_loop at {line_of(eqn)}, which has no reverse mode, and "
-                "this estimator needs that of every single layer; WeightPerturbation() needs none"
-            )
         if self._hooks.layer_input is not None:
             for i in layer.data:
                 if i != layer.merged and is_inexact(eqn.invars[i]) and layer.moves:
@@ -157,7 +157,9 @@ class LayerWalk(AbstractWalk):
         if atom not in self._read:
             data = Activation(
                 value,
-                Site(layer.first_input + position, self._iterations),
+                self._iterations,
+                None,
+                layer.first_input + position,
                 places=tuple(self._plan.places(atom).items()),
                 line=line_of(layer.eqn),
                 variable=atom,
@@ -177,8 +179,9 @@ class LayerWalk(AbstractWalk):
             return z
         activation = Activation(
             z,
-            Site(output.number, self._iterations),
+            self._iterations,
             _mask(output, z),
+            output.number,
             places=tuple(_named(places, output, shape_of(v)).items()),
             last=self._plan.is_last(v),
             line=line_of(output.eqn),
@@ -226,10 +229,13 @@ def _threshold_of_rule(rule: Jaxpr) -> Any:
     if last is None or last.primitive.name != "select_n" or len(last.invars) != 3:
         return None
     where, zero, moved = last.invars
-    if not isinstance(zero, Literal) and (full := made.get(zero)) is not None:
-        zero = full.invars[0] if full.primitive.name == "broadcast_in_dim" else zero
+    while not isinstance(zero, Literal):
+        full = made.get(zero)
+        if full is None or full.primitive.name != "broadcast_in_dim":
+            return None
+        zero = full.invars[0]
     test = None if isinstance(where, Literal) else made.get(where)
-    if not isinstance(zero, Literal) or zero.val != 0 or moved is not rule.invars[-1]:
+    if zero.val != 0 or moved is not rule.invars[-1]:
         return None
     if test is None or test.primitive.name != "gt" or test.invars[0] is not rule.invars[0]:
         return None

@@ -1,4 +1,4 @@
-"""Activations that a model names by itself."""
+"""What a model says of itself: the names of an activation's axes, rules that may be left out."""
 
 
 from jax.extend.core import Primitive
@@ -50,3 +50,22 @@ mark_p.def_abstract_eval(lambda z, *, names: z)
 ad.deflinear2(mark_p, lambda cotangent, z, *, names: [cotangent])
 batching.primitive_batchers[mark_p] = _batch
 mlir.register_lowering(mark_p, lambda ctx, z, *, names: [z])
+
+
+transparent_p = Primitive("forwardgrad_transparent")
+
+
+def transparent(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """`x`; the function around, which has a `custom_jvp`, may be differentiated without it.
+
+    Its rule only splits up a derivative that the function has anyway. Feedback alignment has to
+    look inside, for the products there.
+    """
+    return transparent_p.bind(x)
+
+
+transparent_p.def_impl(lambda x: x)
+transparent_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(transparent_p, lambda cotangent, x: [cotangent])
+batching.primitive_batchers[transparent_p] = lambda args, dims: (transparent_p.bind(*args), dims[0])
+mlir.register_lowering(transparent_p, lambda ctx, x: [x])

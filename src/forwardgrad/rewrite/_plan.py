@@ -107,6 +107,7 @@ class Plan:
         self.uses = _uses(jaxpr)
         self.layers: dict[int, Layer] = {}
         self.outputs: dict[Var, Output] = {}
+        self.while_loops: list[JaxprEqn] = []
         self._by_example = any("example" in names for names in axes)
         self._pending: dict[Var, Output] = {}
         self._loops: tuple[int, ...] = ()
@@ -166,6 +167,8 @@ class Plan:
             return [anything]
         weights = tuple(i for i, k in enumerate(kinds) if k == WEIGHT)
         data = tuple(i for i, k in enumerate(kinds) if self._is_data(eqn, i, k, weights))
+        if name == "while" and weights:
+            self.while_loops.append(eqn)
         if not weights or not data:
             return self._no_layer(eqn, kinds, anything, weights)
         deep = False

@@ -9,7 +9,8 @@ ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     bitcast_convert_type cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh
-    digamma div eq erf erf_inv erfc exp exp2 expm1 floor forwardgrad_mark ge gt igamma igamma_grad_a
+    digamma div eq erf erf_inv erfc exp exp2 expm1 floor forwardgrad_mark forwardgrad_transparent
+    ge gt igamma igamma_grad_a
     igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg
     nextafter not or polygamma pow pvary real reduce_precision regularized_incomplete_beta rem round
     rsqrt select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
@@ -22,6 +23,8 @@ CONSTANT = frozenset(("stop_gradient", "sign", "round", "floor", "ceil"))
 
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
 """They hold one program, and add nothing to it that an evaluation needs."""
+
+TRANSPARENT = "forwardgrad_transparent"
 
 CUSTOM_JVP, CUSTOM_VJP, SHARD_MAP = "custom_jvp_call", "custom_vjp_call", "shard_map"
 

@@ -19,6 +19,7 @@ from forwardgrad.rewrite._primitives import (
     CUSTOM_VJP,
     INLINED,
     OPAQUE,
+    TRANSPARENT,
     line_of,
     names,
     programs,
@@ -123,14 +124,15 @@ class _Level:
     def equation(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
         """Add an equation, or those of the program that it holds."""
         name = eqn.primitive.name
-        if name in INLINED:
-            (program,) = programs(eqn)
-            return self.run(program, args)
+        inner = programs(eqn)
+        seen_through = name == CUSTOM_JVP and TRANSPARENT in names(inner[0].jaxpr)
+        if name in INLINED or (seen_through and not self.forward):
+            return self.run(inner[0], args)
         if name == CUSTOM_VJP and self.forward:
             return self.run(pushed_forward(eqn), args)
         outvars = [_fresh(v) for v in eqn.outvars]
         params, effects = eqn.params, eqn.effects
-        if programs(eqn) and name not in (CUSTOM_JVP, CUSTOM_VJP):
+        if inner and name not in (CUSTOM_JVP, CUSTOM_VJP):
             params = {k: self._inside(p) for k, p in params.items()}
             if self.pure:
                 inner = programs(eqn.replace(params=params))
@@ -167,7 +169,7 @@ def pushed_forward(eqn: JaxprEqn) -> ClosedJaxpr:
     `InputError` if that derivative is zero; where the rule is not linear, as soon as a derivative
     is asked for.
     """
-    kind = _kind_of_rule(eqn)
+    kind = kind_of_rule(eqn)
     if kind == "opaque":
         (primal, *_) = programs(eqn)
         if _is_flat(primal.jaxpr):
@@ -219,14 +221,15 @@ def _pulled_back(eqn: JaxprEqn, args: Sequence[Array]) -> tuple[Sequence[Array],
     return outs, pullback, changing
 
 
-def _kind_of_rule(eqn: JaxprEqn) -> str:
+def kind_of_rule(eqn: JaxprEqn) -> str:
     """Whether a reverse rule is `linear` (and JAX can transpose it), `nonlinear` or `opaque`."""
     used: set[str] = set(OPAQUE)
 
     def attempt(*args):
         _, pullback, changing = _pulled_back(eqn, args)
+        found = names(jax.make_jaxpr(pullback)(changing).jaxpr)
         used.clear()
-        used.update(names(jax.make_jaxpr(pullback)(changing).jaxpr))
+        used.update(found)
         transposed = jax.linear_transpose(pullback, changing)
         return transposed(tuple(arg for arg in args if is_inexact(arg)))
 

@@ -1,0 +1,318 @@
+"""No estimator but `Backpropagation` may be backpropagation, on no program.
+
+Feedback comes through even where backpropagation has nothing to send back, and a perturbation
+leaves noise. Where an estimator finds no place for either, it says so by an `InputError`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import forwardgrad as fg
+from oracle import jit
+from written_twice import NETWORKS
+
+B, T, D = 4, 3, 5
+RNG = np.random.default_rng(0)
+KEYS = jax.random.split(jax.random.key(5), 2000)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+X, TOKENS, Y = normal(B, D), normal(B, T, D), jnp.array([0, 1, 2, 1])
+IDS = jnp.array([[0, 1, 3], [2, 0, 0], [1, 1, 2], [3, 2, 0]])
+POSITIONS = normal(T, D)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """`fun(params)` returns losses; `last` are the parameters of output layers.
+
+    With the parameters in `zeroed` zero, or those in `cancelled` as they are there, the matrix of
+    the output layer is zero, and backpropagation has nothing to say to all others.
+    """
+
+    fun: Callable[[Any], fg.Losses]
+    params: dict[str, jax.Array]
+    last: tuple[str, ...] = ("last",)
+    zeroed: tuple[str, ...] = ("last",)
+    cancelled: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    batched: bool = True
+
+    def hidden(self):
+        no_others = (*self.last, *self.zeroed, *self.cancelled)
+        return [name for name in self.params if name not in no_others]
+
+    def blind(self):
+        """The parameters where backpropagation sends nothing back."""
+        zero = {name: jnp.zeros_like(self.params[name]) for name in self.zeroed}
+        return {**self.params, **zero, **self.cancelled}
+
+
+PROGRAMS: dict[str, Program] = {}
+
+
+def program(**shapes):
+    """Adds a function `losses(params)` to the programs, with weights of these shapes."""
+
+    def add(fun):
+        fan_ins = {name: shape[-2] if len(shape) > 1 else 4 for name, shape in shapes.items()}
+        made = {name: normal(*shape) / fan_ins[name] ** 0.5 for name, shape in shapes.items()}
+        PROGRAMS[fun.__name__.replace("_", " ")] = Program(fun, made)
+        return fun
+
+    return add
+
+
+def squares(out):
+    """A loss for every example, axis 0."""
+    return fg.Losses([jnp.mean((out - 1).reshape(len(out), -1) ** 2, axis=1)], [("example",)])
+
+
+def nll(logits):
+    return fg.Losses([-jax.nn.log_softmax(logits)[jnp.arange(B), Y]], [("example",)])
+
+
+@program(table=(4, D), w=(D, 6), last=(6, 2))
+def embedding(p):
+    return squares(jnp.tanh(jnp.mean(p["table"][IDS], axis=1) @ p["w"]) @ p["last"])
+
+
+@program(w=(D, 6), v=(6, 6), last=(6, 3))
+def nll_by_index(p):
+    return nll(jnp.tanh(jnp.tanh(X @ p["w"]) @ p["v"]) @ p["last"])
+
+
+@program(w=(D, 6), v=(6, 6), last=(6, 2))
+def map_over_examples(p):
+    return squares(jax.lax.map(lambda x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["v"]) @ p["last"], X))
+
+
+@program(w=(D, 6), v=(6, 6), b=(6,), last=(6, 2))
+def time_major_scan(p):
+    def step(h, x):
+        return jnp.tanh(x @ p["w"] + h @ p["v"] + p["b"]), None
+
+    h, _ = jax.lax.scan(step, jnp.zeros((B, 6)), jnp.swapaxes(TOKENS, 0, 1))
+    return squares(h @ p["last"])
+
+
+@program(w=(2, D, 6), last=(2, 6, 2))
+def ragged_dot(p):
+    sizes = jnp.array([3, 1], jnp.int32)
+    h = jnp.tanh(jax.lax.ragged_dot(X, p["w"], sizes))
+    return squares(jax.lax.ragged_dot(h, p["last"], sizes))
+
+
+@program(w=(D, 6), v=(6, 6), last=(6, 2))
+def cond_with_a_layer(p):
+    h = jnp.tanh(X @ p["w"])
+    h = jax.lax.cond(jnp.sum(X) > -100, lambda w, h: jnp.sin(h @ w), lambda w, h: h, p["v"], h)
+    return squares(h @ p["last"])
+
+
+@jax.custom_jvp
+def spike(v):
+    return (v > 0).astype(v.dtype)
+
+
+@spike.defjvp
+def _spike_jvp(primals, tangents):
+    return spike(*primals), tangents[0] / (1 + jnp.abs(primals[0])) ** 2
+
+
+@program(w=(D, 6), v=(6, 6), last=(6, 2))
+def custom_jvp(p):
+    return squares(spike(spike(X @ p["w"]) @ p["v"]) @ p["last"])
+
+
+@jax.custom_vjp
+def soft(x):
+    return jnp.logaddexp(x, 0)
+
+
+soft.defvjp(lambda x: (soft(x), x), lambda x, g: (g * jax.nn.sigmoid(x),))
+
+
+@program(w=(D, 6), v=(6, 6), last=(6, 2))
+def custom_vjp(p):
+    return squares(soft(soft(X @ p["w"]) @ p["v"]) @ p["last"])
+
+
+@program(w=(D, 6), scale=(6,), v=(6, 6), last=(6, 2))
+def batch_normalisation(p):
+    def normalised(h):
+        return (h - jnp.mean(h, axis=0)) / jnp.sqrt(jnp.var(h, axis=0) + 0.1)
+
+    h = jnp.tanh(normalised(X @ p["w"]) * p["scale"])
+    return squares(jnp.tanh(normalised(h @ p["v"])) @ p["last"])
+
+
+@program(q=(D, 4), k=(D, 4), v=(D, 4), o=(4, 6), last=(6, 2))
+def attention(p):
+    q, k, v = (TOKENS @ p[name] for name in "qkv")
+    mixed = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k)) @ v
+    return squares(jnp.mean(jnp.tanh(mixed @ p["o"]), axis=1) @ p["last"])
+
+
+@program(table=(4, D), w=(D, D))
+def tied_embedding(p):
+    h = jnp.tanh((p["table"][IDS] + POSITIONS) @ p["w"])
+    logp = jax.nn.log_softmax(h @ p["table"].T)
+    chosen = jnp.take_along_axis(logp, IDS[:, ::-1, None], axis=-1)[..., 0]
+    return fg.Losses([-jnp.mean(chosen, axis=1)], [("example",)])
+
+
+def two_layers(p):
+    return jnp.tanh(jnp.tanh(X @ p["w"]) @ p["v"])
+
+
+@program(w=(D, 6), v=(6, 6), last=(6, 2))
+def output_layer_divided_by_a_number(p):
+    return squares(two_layers(p) @ (p["last"] / jnp.sqrt(6)))
+
+
+@program(w=(D, 6), v=(6, 6), last=(6, 2))
+def masked_output_layer(p):
+    return squares(two_layers(p) @ jnp.where(jnp.arange(12).reshape(6, 2) % 3, p["last"], 0))
+
+
+@program(w=(D, 6), v=(6, 6), A=(6, 2), B=(2, 2))
+def merged_adapter_in_the_output_layer(p):
+    return squares(two_layers(p) @ (0.5 * jnp.ones((6, 2)) + p["A"] @ p["B"]))
+
+
+@program(w=(D, 6), v=(6, 6), gain=(2,), last=(6, 2))
+def weight_normalised_output_layer(p):
+    matrix = p["gain"] * p["last"] / jnp.sqrt(jnp.sum(p["last"] ** 2, axis=0))
+    return squares(two_layers(p) @ matrix)
+
+
+@program(w=(D, 6), v=(6, 6), last=(6, 2), more=(6, 2))
+def output_layer_of_a_sum(p):
+    return squares(two_layers(p) @ (p["last"] + p["more"]))
+
+
+def changed(name, **options):
+    PROGRAMS[name] = dataclasses.replace(PROGRAMS[name], **options)
+
+
+changed("tied embedding", last=(), zeroed=("table",))
+changed(
+    "merged adapter in the output layer",
+    last=("A", "B"),
+    zeroed=(),
+    cancelled={"A": 0.5 * jnp.ones((6, 2)), "B": -0.5 * jnp.ones((2, 2))},
+)
+changed("weight normalised output layer", last=("gain", "last"), zeroed=("gain",))
+changed("output layer of a sum", last=("last", "more"), zeroed=("last", "more"))
+# `vmap` of `ragged_dot`'s derivative is not implemented in JAX.
+changed("ragged dot", batched=False)
+for name, network in NETWORKS.items():
+    params, x, y = network.make(0)
+    last = network.heads + network.head_biases
+    fun = functools.partial(lambda network, x, y, p: network.losses(p, x, y), network, x, y)
+    PROGRAMS[name] = Program(fun, params, last, network.heads)
+
+ALL = pytest.mark.parametrize("name", PROGRAMS)
+FEEDBACK = {"fa": fg.FeedbackAlignment(), "dfa": fg.DirectFeedbackAlignment()}
+RANDOM = {"fg-a": fg.ActivityPerturbation(), "fg-w": fg.WeightPerturbation(exact_last=True)}
+BY_RANDOM = pytest.mark.parametrize("estimator", RANDOM)
+
+
+@functools.partial(jit, static_argnums=0)
+def exact(name, params):
+    return jax.grad(lambda p: PROGRAMS[name].fun(p).total())(params)
+
+
+@functools.cache
+def estimates(name, estimator):
+    """The gradients for all keys, and the exact one. Skips where the estimator refuses."""
+    found = PROGRAMS[name]
+    gradient = fg.value_and_grad(found.fun, estimator)
+    over = jax.vmap if found.batched else lambda f: functools.partial(jax.lax.map, f)
+    drawn = jit(over(lambda key: gradient(found.params, key=key)[1]))(KEYS)
+    drawn = {parameter: np.asarray(grads, float) for parameter, grads in drawn.items()}
+    return drawn, jax.tree.map(np.asarray, exact(name, found.params))
+
+
+def drawn(name, estimator):
+    try:
+        return estimates(name, estimator)
+    except fg.InputError as error:
+        pytest.skip(f"refused: {error}")
+
+
+@ALL
+def test_backpropagation_is_blind_where_the_output_weights_are_zero(name):
+    """What the next test needs to mean anything."""
+    found = PROGRAMS[name]
+    grads = exact(name, found.blind())
+    assert found.hidden()
+    assert not any(np.any(grads[hidden]) for hidden in found.hidden())
+
+
+@ALL
+@pytest.mark.parametrize("estimator", FEEDBACK)
+def test_feedback_reaches_every_hidden_parameter_or_is_refused(name, estimator):
+    found = PROGRAMS[name]
+    step = jit(fg.value_and_grad(found.fun, FEEDBACK[estimator]))
+    try:
+        _, grads = step(found.blind())
+    except fg.InputError as error:
+        pytest.skip(f"refused: {error}")
+    assert [n for n in found.hidden() if not np.any(grads[n])] == [], "silently backpropagation"
+
+
+@ALL
+@BY_RANDOM
+def test_perturbations_leave_noise_on_every_hidden_parameter_or_are_refused(name, estimator):
+    grads, right = drawn(name, RANDOM[estimator])
+    silent = [
+        n for n in PROGRAMS[name].hidden() if np.min(_cosines(grads[n][:5], right[n])) > 0.999
+    ]
+    assert silent == [], "silently backpropagation"
+
+
+def _cosines(rows, right):
+    """Of each row with what is right; of a zero row, as no noise, one."""
+    rows, right = rows.reshape(len(rows), -1), right.ravel()
+    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(right)
+    return np.where(norms > 0, rows @ right / np.where(norms > 0, norms, 1), 1)
+
+
+@ALL
+@BY_RANDOM
+def test_output_layers_are_exact(name, estimator):
+    grads, right = drawn(name, RANDOM[estimator])
+    for last in PROGRAMS[name].last:
+        scale = np.max(np.abs(right[last]))
+        expected = np.broadcast_to(right[last] / scale, (5, *right[last].shape))
+        np.testing.assert_allclose(grads[last][:5] / scale, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@ALL
+@pytest.mark.parametrize("estimator", [*RANDOM, "fg-w, no layer exact"])
+def test_unbiased_or_refused(name, estimator):
+    """The mean over keys is the gradient, within five standard errors of every entry."""
+    grads, right = drawn(name, RANDOM.get(estimator, fg.WeightPerturbation()))
+    for parameter, of_parameter in grads.items():
+        error = of_parameter.std(0) / np.sqrt(len(KEYS))
+        off = np.abs(of_parameter.mean(0) - right[parameter])
+        slack = 1e-5 * np.max(np.abs(right[parameter])) + 1e-7
+        assert np.all(off <= 5 * error + slack), f"{parameter}: {np.max(off / (error + slack))}"
+
+
+@pytest.mark.parametrize("estimator", [RANDOM["fg-a"], FEEDBACK["dfa"]], ids=["fg-a", "dfa"])
+def test_the_axis_of_the_examples_is_found_where_losses_are_indexed(estimator):
+    found = PROGRAMS["nll by index"]
+    fg.value_and_grad(found.fun, estimator)(found.params, key=KEYS[0])
