@@ -1,4 +1,7 @@
-"""Models that the step is measured on: `PROBLEMS[name]() -> (loss, params, batch)`."""
+"""Models that the step is measured on: `PROBLEMS[name]() -> (loss, params, batch, checkpointed)`.
+
+`checkpointed` is the same loss for backpropagation that saves memory, or None.
+"""
 
 import functools
 
@@ -8,14 +11,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from forwardgrad.experiments import mlp_loss, mlp_problem
+from forwardgrad.experiments import checkpointed, checkpointed_mlp_loss, mlp_loss, mlp_problem
 from forwardgrad.networks import build
 
 
 def scaling_mlp(depth, batch_size):
     """Layers of 1024 with ReLU, as in `forwardgrad reproduce scaling`."""
     params, batch = mlp_problem(depth, batch_size, 1024)
-    return mlp_loss, params, batch
+    return mlp_loss, params, batch, checkpointed_mlp_loss
 
 
 def cnn():
@@ -27,7 +30,7 @@ def cnn():
         return _cross_entropy(eqx.combine(params, static)(images), labels)
 
     images = jax.random.normal(jax.random.key(1), (64, 28, 28, 1))
-    return loss, params, (images, jax.random.randint(jax.random.key(2), (64,), 0, 10))
+    return loss, params, (images, jax.random.randint(jax.random.key(2), (64,), 0, 10)), None
 
 
 def equinox_mlp():
@@ -38,7 +41,8 @@ def equinox_mlp():
     def loss(params, x, y):
         return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - y) ** 2)
 
-    return loss, params, tuple(jax.random.normal(jax.random.key(i), (256, 1024)) for i in (1, 2))
+    batch = tuple(jax.random.normal(jax.random.key(i), (256, 1024)) for i in (1, 2))
+    return loss, params, batch, None
 
 
 class Block(nnx.Module):
@@ -65,12 +69,19 @@ class Transformer(nnx.Module):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)
 
-    def __call__(self, tokens):
+    def __call__(self, tokens, checkpoints=False):
         x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
         mask = nnx.make_causal_mask(tokens)
-        for block in self.blocks:
-            x = block(x, mask)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = _checkpointed(block, x, mask) if checkpoints else block(x, mask)
+        x = last(x, mask)  # Its gradient is due at once: a checkpoint would save nothing.
         return self.head(self.norm(x))
+
+
+def _checkpointed(block, x, mask):
+    graph, params, rest = nnx.split(block, nnx.Param, ...)
+    return checkpointed(lambda p, x: nnx.merge(graph, p, rest)(x, mask))(params, x)
 
 
 def nnx_transformer(width):
@@ -79,10 +90,11 @@ def nnx_transformer(width):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     tokens = jax.random.randint(jax.random.key(1), (8, 129), 0, 1000)
 
-    def loss(params, inputs, targets):
-        return _cross_entropy(nnx.merge(graph, params, rest)(inputs), targets)
+    def loss(params, inputs, targets, checkpoints=False):
+        return _cross_entropy(nnx.merge(graph, params, rest)(inputs, checkpoints), targets)
 
-    return loss, params, (tokens[:, :-1], tokens[:, 1:])
+    batch = (tokens[:, :-1], tokens[:, 1:])
+    return loss, params, batch, functools.partial(loss, checkpoints=True)
 
 
 def _cross_entropy(logits, labels):

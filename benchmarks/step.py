@@ -4,9 +4,9 @@
     python benchmarks/step.py --torch --only MLP # with PyTorch beside it: pip install '.[bench]'
 
 Every step is loss, gradient and SGD update in one compiled program that updates the parameters in
-place. Times are medians of interleaved runs; read the ratios. "BP, checkpointed" scans over the
-layers of the scaling MLP, each in `jax.checkpoint`. PyTorch's threads slow JAX down in the same
-process, which is why it is no part of the first command.
+place. Times are medians of interleaved runs; read the ratios. "BP, checkpointed" computes segments
+of layers, or blocks of the transformer, again instead of keeping their activations. PyTorch's
+threads slow JAX down in the same process, which is why it is no part of the first command.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import tyro
 
 import forwardgrad as fg
 import measure
-from forwardgrad.experiments import Step, checkpointed_mlp_loss, mlp_loss, stacked
+from forwardgrad.experiments import Step
 from models import PROBLEMS
 
 METHODS = {
@@ -39,11 +39,10 @@ class Options(measure.Options):
 
 def steps_of(name: str, options: Options) -> dict[str, Callable[[], None]]:
     """The step of each method on one model."""
-    loss, params, batch = PROBLEMS[name]()
+    loss, params, batch, checkpointed = PROBLEMS[name]()
     steps = {method: Step(loss, params, e, batch) for method, e in METHODS.items()}
-    if loss is mlp_loss:
-        remat = Step(checkpointed_mlp_loss, stacked(params), METHODS["BP"], batch)
-        steps["BP, checkpointed"] = remat
+    if checkpointed is not None:
+        steps["BP, checkpointed"] = Step(checkpointed, params, METHODS["BP"], batch)
     if options.torch and name.startswith("MLP"):
         from torch_steps import torch_steps
 

@@ -2,6 +2,7 @@
 
 from forwardgrad._provenance import provenance as provenance
 from forwardgrad.experiments._ablation import ABLATION
+from forwardgrad.experiments._checkpointed import checkpointed as checkpointed
 from forwardgrad.experiments._diagnose import DiagnoseOptions as DiagnoseOptions
 from forwardgrad.experiments._diagnose import run_diagnose as run_diagnose
 from forwardgrad.experiments._experiment import Experiment as Experiment
@@ -12,7 +13,6 @@ from forwardgrad.experiments._scaling import SCALING
 from forwardgrad.experiments._scaling import checkpointed_mlp_loss as checkpointed_mlp_loss
 from forwardgrad.experiments._scaling import mlp_loss as mlp_loss
 from forwardgrad.experiments._scaling import mlp_problem as mlp_problem
-from forwardgrad.experiments._scaling import stacked as stacked
 from forwardgrad.experiments._tables import COMPARE as COMPARE
 from forwardgrad.experiments._tables import TABLE3, TABLE4
 from forwardgrad.experiments._toy import TOY
@@ -29,11 +29,11 @@ __all__ = [
     "DiagnoseOptions",
     "Experiment",
     "Step",
+    "checkpointed",
     "checkpointed_mlp_loss",
     "interleave",
     "mlp_loss",
     "mlp_problem",
     "provenance",
     "run_diagnose",
-    "stacked",
 ]

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from forwardgrad._files import write_json
 from forwardgrad._provenance import provenance
 from forwardgrad.estimators import Backpropagation, WeightPerturbation
+from forwardgrad.experiments._checkpointed import checkpointed
 from forwardgrad.experiments._experiment import (
     Experiment,
     options_as_json,
@@ -29,17 +30,6 @@ from forwardgrad.experiments._figures import save
 from forwardgrad.experiments._measure import Step, interleave
 
 MIB = 2**20
-
-METHODS = {
-    "forward only": None,
-    "BP": Backpropagation(),
-    "BP, checkpointed": Backpropagation(),
-    "FG-W, dense": WeightPerturbation(structure="dense"),
-    "FG-W, rank-one": WeightPerturbation(),
-}
-CHECKPOINTED = "BP, checkpointed"
-"""The method whose layers are scanned over, each in `jax.checkpoint`: unrolled, XLA's CPU backend
-sees through the checkpoints and keeps all activations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,31 +51,46 @@ class ScalingOptions:
 def mlp_loss(params: list[dict], x: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of a fully connected network with ReLU between its layers."""
     *hidden, last = params
-    for p in hidden:
-        x = _layer(x, p)
-    return _cross_entropy(x, last, labels)
-
-
-def checkpointed_mlp_loss(params: dict, x: jax.Array, labels: jax.Array) -> jax.Array:
-    """`mlp_loss` of `stacked(params)`, which keeps only what goes from layer to layer."""
-    layer = jax.checkpoint(lambda x, p: (_layer(x, p), None))
-    x, _ = jax.lax.scan(layer, x, params["hidden"])
-    return _cross_entropy(x, params["last"], labels)
-
-
-def stacked(params: list[dict]) -> dict:
-    """The hidden layers of `mlp_problem` in one stack, and the last."""
-    hidden = jax.tree.map(lambda *arrays: jnp.stack(arrays)[:-1], *params)
-    return {"hidden": hidden, "last": params[-1]}
-
-
-def _layer(x: jax.Array, p: dict) -> jax.Array:
-    return jax.nn.relu(x @ p["W"] + p["b"])
-
-
-def _cross_entropy(x: jax.Array, last: dict, labels: jax.Array) -> jax.Array:
-    logits = x @ last["W"] + last["b"]
+    logits = _hidden(hidden, x) @ last["W"] + last["b"]
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def checkpointed_mlp_loss(params: list[dict], x: jax.Array, labels: jax.Array) -> jax.Array:
+    """`mlp_loss`, of which backpropagation keeps what goes from segment to segment of the layers.
+
+    From the output to the input, segments have 2, 2, 3, 3, 4, 4, ... layers, up to about the square
+    root of the depth. A segment that is computed again keeps two arrays a layer, the product and
+    its ReLU; each segment before it still keeps one. So two segments fewer before it leave room for
+    one more layer, and all segments need about the same memory.
+    """
+    for segment in _segments(params[:-2]):
+        x = checkpointed(_hidden)(segment, x)
+    return mlp_loss(params[-2:], x, labels)
+
+
+def _segments(layers: list[dict]) -> list[list[dict]]:
+    segments = []
+    while layers:
+        size = 2 + len(segments) // 2
+        segments.insert(0, layers[-size:])
+        layers = layers[:-size]
+    return segments
+
+
+def _hidden(layers: list[dict], x: jax.Array) -> jax.Array:
+    for p in layers:
+        x = jax.nn.relu(x @ p["W"] + p["b"])
+    return x
+
+
+METHODS = {
+    "forward only": (mlp_loss, None),
+    "BP": (mlp_loss, Backpropagation()),
+    "BP, checkpointed": (checkpointed_mlp_loss, Backpropagation()),
+    "FG-W, dense": (mlp_loss, WeightPerturbation(structure="dense")),
+    "FG-W, rank-one": (mlp_loss, WeightPerturbation()),
+}
+"""Loss and estimator of each method."""
 
 
 def mlp_problem(depth: int, batch_size: int, width: int) -> tuple[list[dict], tuple]:
@@ -120,10 +125,7 @@ def run_scaling(options: ScalingOptions) -> Path:
 
 def _measure(depth: int, batch_size: int, options: ScalingOptions) -> dict[str, Any]:
     params, batch = mlp_problem(depth, batch_size, options.width)
-    steps = {}
-    for name, estimator in METHODS.items():
-        loss, own_params = _loss_and_params(name, params)
-        steps[name] = Step(loss, own_params, estimator, batch)
+    steps = {name: Step(loss, params, e, batch) for name, (loss, e) in METHODS.items()}
     seconds = interleave(steps, options.repeats)
     return {
         "methods": {
@@ -135,12 +137,6 @@ def _measure(depth: int, batch_size: int, options: ScalingOptions) -> dict[str, 
             for name, step in steps.items()
         }
     }
-
-
-def _loss_and_params(method: str, params: list[dict]) -> tuple:
-    if method == CHECKPOINTED:
-        return checkpointed_mlp_loss, stacked(params)
-    return mlp_loss, params
 
 
 def _plot(path: Path, cells: list[dict[str, Any]], options: ScalingOptions) -> None:
