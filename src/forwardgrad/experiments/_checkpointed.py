@@ -10,11 +10,11 @@ from forwardgrad.rewrite import after
 def checkpointed(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`fun`, of which backpropagation keeps the arguments and computes the rest again.
 
-    `jax.checkpoint` is for this, but XLA's CPU backend removes the barrier that it relies on: it
-    finds everything computed already, and keeps it. Here the second computation cannot begin before
-    the gradient of the result is there, because a zero computed from it is added to the arguments.
-    Arguments larger than the result are taken as they are: a copy of a weight matrix would need
-    more memory than it saves.
+    `jax.checkpoint` is for this, and holds on a CPU with JAX 0.12. With JAX 0.10, XLA removes the
+    barrier that it relies on there, finds everything computed already, and keeps it. Here the
+    second computation cannot begin before the gradient of the result is there, because a zero
+    computed from it is added to the arguments. Arguments larger than the result are taken as they
+    are: a copy of a weight matrix would need more memory than it saves.
 
     **Arguments:**
 
