@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,19 @@ Steps = Mapping[str, Callable[[], None]]
 """Steps by their method: "forward only" and "BP" are what the others are compared with."""
 
 
-def run(benchmark: str, cases: Mapping[str, Callable[[], Steps]], options: Options) -> None:
-    """Measure, print and store the steps of every model that is wanted."""
+def run(
+    benchmark: str,
+    cases: Mapping[str, Callable[[], Any]],
+    options: Options,
+    compare: Callable[[Any, int], Any] | None = None,
+    table: Callable[[str, Any], Any] | None = None,
+    **header: Any,
+) -> None:
+    """Measure, print and store every model that is wanted.
+
+    A benchmark of something other than steps brings its own `compare` and `table`.
+    """
+    compare, table = compare or compare_steps, table or table_of_steps
     console, results = Console(width=100), {}
     for name, make in cases.items():
         if options.only not in name:
@@ -45,11 +57,11 @@ def run(benchmark: str, cases: Mapping[str, Callable[[], Steps]], options: Optio
         console.print(table(name, results[name]))
         console.print(f"({time.monotonic() - began:.0f} s)")
         if options.out is not None:
-            header = {"benchmark": benchmark, "repeats": options.repeats, **provenance()}
-            write_json(options.out, {**header, "results": results})
+            origin = {"benchmark": benchmark, "repeats": options.repeats, **header, **provenance()}
+            write_json(options.out, {**origin, "results": results})
 
 
-def compare(steps: Steps, repeats: int) -> dict[str, dict[str, float]]:
+def compare_steps(steps: Steps, repeats: int) -> dict[str, dict[str, float]]:
     """Medians, spread, memory and flops of each method, and the share of the machine's rate."""
     matrix = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
     product = jax.jit(jnp.matmul)
@@ -76,7 +88,7 @@ def _of_program(step: Step, possible: float) -> dict[str, float]:
     }
 
 
-def table(name: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
+def table_of_steps(name: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
     """The results of one model, relative to backpropagation and to the forward pass."""
     result = Table(title=name)
     for column in ("", "ms", "/ BP", "/ forward", "temp MiB", "/ BP", "GFLOP", "of the rate"):
