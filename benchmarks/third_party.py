@@ -15,6 +15,7 @@ For every model and method (losses by example, where there are examples) the res
 - `flops` and `temp_bytes`, XLA's numbers for value and gradient as one compiled program; XLA counts
   the body of a loop once;
 - `trace_seconds`, the median of several traces to a jaxpr, and `compile_seconds`;
+- for FG-A, FA and DFA, how many `leaves` have a gradient, and how many of these have the exact one;
 - or what it was `refused` with (an `InputError`), or another `error`.
 
 `identity` is right if it is 1. With one tangent v of entries plus and minus one, d the derivative
@@ -54,6 +55,8 @@ METHODS: dict[str, fg.AbstractEstimator] = {
 }
 BY_EXAMPLE = ("FG-A", "DFA")
 """Methods that are given a loss for each example, where there is one."""
+ALIKE = ("FG-A", "FA", "DFA")
+"""Methods that have found no place in a model if all they return is the exact gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +101,17 @@ def examine(model: Model, repeats: int) -> dict[str, Any]:
         },
     }
     programs = {name: program for name, (_, program) in measured.items()}
+    rows = {name: row for name, (row, _) in measured.items()}
+    if programs["BP"] is not None:
+        exact = programs["BP"](params, *args)[1]
+        for name in ALIKE:
+            if programs[name] is not None:
+                rows[name] |= _alike(programs[name](params, *args, **key)[1], exact)
     return {
         "package": package,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "loss_by_example": by_example,
-        "methods": {name: row for name, (row, _) in measured.items()},
+        "methods": rows,
         **_attempt(_identity, mean, programs["FG-W"], programs["BP"], params, args),
         **_attempt(_built, mean, params, args),
     }
@@ -185,6 +194,13 @@ def _identity(
     }
 
 
+def _alike(grads: Any, exact: Any) -> dict[str, int]:
+    """The parameters with a gradient, and those of them whose gradient is the exact one."""
+    pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True)
+    near = [jnp.linalg.norm(g - e) <= 1e-3 * jnp.linalg.norm(e) for g, e in pairs if jnp.any(e)]
+    return {"leaves": len(near), "exact_leaves": int(sum(near))}
+
+
 def _sum(function: Callable, a: Any, b: Any) -> float:
     """The sum of `function` over the leaves of two trees."""
     return float(sum(jax.tree.leaves(jax.tree.map(function, a, b))))
@@ -218,6 +234,8 @@ def _dense_matrix(row: Mapping[str, Any]) -> bool:
 
 
 def _note(row: Mapping[str, Any]) -> str:
+    if row.get("leaves") and row["leaves"] == row["exact_leaves"]:
+        return "returns the exact gradient"
     return row.get("refused") or row.get("error") or ("" if row["finite"] else "not finite")
 
 
