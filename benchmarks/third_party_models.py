@@ -311,7 +311,7 @@ def nequip():
         globals=None,
     )
     # A second graph, of no atoms, is the padding that the model expects.
-    atoms = jraph.pad_with_graphs(atoms, 9, 57, 2)
+    atoms = jax.tree.map(jnp.asarray, jraph.pad_with_graphs(atoms, 9, 57, 2))
 
     def loss(params, atoms, forces):
         energy, predicted = eqx.combine(params, static)(atoms)
