@@ -53,7 +53,8 @@ class _Stack:
         self.label = next(iter(self.weight.axes[0]), None)
         self.sliced = [
             jnp.moveaxis(f.array, f.labels.index(self.label), 0)
-            for f in self.weight.factors
+            for term in self.weight.terms
+            for f in term
             if self.label in f.labels
         ]
         self.arrays = [self.weight.value, *self.sliced]
@@ -63,13 +64,13 @@ class _Stack:
             return parts[0]
         value, *slices = parts
         rest = iter(slices)
-        factors = tuple(
-            Factor(next(rest), tuple(n for n in f.labels if n != self.label))
-            if self.label in f.labels
-            else f
-            for f in self.weight.factors
-        )
-        return Perturbed(value, self.weight.axes[1:], factors)
+
+        def slice_of(f: Factor) -> Factor:
+            if self.label not in f.labels:
+                return f
+            return Factor(next(rest), tuple(n for n in f.labels if n != self.label))
+
+        return self.weight.map(value, slice_of, self.weight.axes[1:])
 
 
 @rule("while", table=PROGRAMS)

@@ -8,8 +8,8 @@ summed over the labels that the value does not have (the terms of a tangent of r
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,14 +75,19 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Perturbed:
-    """A weight `value` and its tangent, the product of `factors`.
+    """A weight `value` and its tangent, the sum of `terms`, each a product of factors.
 
     `axes[i]` are the labels whose (row-major) product is axis `i` of `value`.
     """
 
     value: jax.Array
     axes: tuple[tuple[Label, ...], ...]
-    factors: tuple[Factor, ...]
+    terms: tuple[tuple[Factor, ...], ...]
+
+    def map(self, value: jax.Array, fn: Callable[[Factor], Factor], axes: Any = None) -> "Perturbed":
+        """The weight with another value, and `fn` of every factor."""
+        terms = tuple(tuple(map(fn, term)) for term in self.terms)
+        return Perturbed(value, self.axes if axes is None else tuple(axes), terms)
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -91,20 +96,19 @@ class Perturbed:
 
     def size(self, label: Label) -> int:
         """The number of entries along `label`."""
-        return next(f.size(label) for f in self.factors if label in f.labels)
+        return next(f.size(label) for term in self.terms for f in term if label in f.labels)
 
     def tangent(self) -> jax.Array:
         """The tangent as an array of the value's shape and dtype."""
-        return (
-            multiply(self.factors, self.labels).reshape(self.value.shape).astype(self.value.dtype)
-        )
+        total = sum(multiply(term, self.labels) for term in self.terms)
+        return jnp.asarray(total).reshape(self.value.shape).astype(self.value.dtype)
 
     def transpose(self, permutation: Sequence[int]) -> "Perturbed":
         """The weight with its axes permuted."""
         return Perturbed(
             self.value.transpose(permutation),
             tuple(self.axes[i] for i in permutation),
-            self.factors,
+            self.terms,
         )
 
     def reshape(self, shape: Sequence[int]) -> "Perturbed | None":
@@ -128,7 +132,7 @@ class Perturbed:
                 axis.append(label)
                 size //= have
             axes.append(tuple(axis))
-        return Perturbed(self.value.reshape(shape), tuple(axes), w.factors)
+        return Perturbed(self.value.reshape(shape), tuple(axes), w.terms)
 
     def split(self, label: Label, sizes: tuple[int, int]) -> "Perturbed":
         """The same weight with one label made two."""
@@ -137,16 +141,16 @@ class Perturbed:
             tuple(new for old in axis for new in (parts if old == label else (old,)))
             for axis in self.axes
         )
-        return Perturbed(self.value, axes, tuple(f.split(label, sizes) for f in self.factors))
+        return self.map(self.value, lambda f: f.split(label, sizes), axes)
 
     def drop_singletons(self) -> "Perturbed":
         """The same weight without labels of size one."""
-        axes, factors = self.axes, self.factors
+        found = self
         for label in self.labels:
             if self.size(label) == 1:
-                axes = tuple(tuple(x for x in axis if x != label) for axis in axes)
-                factors = tuple(f.at(label, 0) for f in factors)
-        return Perturbed(self.value, axes, factors)
+                axes = [tuple(x for x in axis if x != label) for axis in found.axes]
+                found = found.map(self.value, lambda f, label=label: f.at(label, 0), axes)
+        return found
 
     def map_axis(self, axis: int, fn: Callable[[jax.Array, int], jax.Array]) -> "Perturbed | None":
         """The weight with a selection along `axis`, `fn(array, axis)`, done to value and factors.
@@ -156,21 +160,50 @@ class Perturbed:
         value = fn(self.value, axis)
         if len(self.axes[axis]) != 1:
             return (
-                Perturbed(value, self.axes, self.factors)
+                Perturbed(value, self.axes, self.terms)
                 if value.shape[axis] == self.value.shape[axis] == 1
                 else None
             )
         (label,) = self.axes[axis]
-        return Perturbed(value, self.axes, tuple(f.map(label, fn) for f in self.factors))
+        return self.map(value, lambda f: f.map(label, fn))
 
     def with_value(self, value: jax.Array, scale: jax.Array | None = None) -> "Perturbed":
         """The weight with another value of the same layout and its tangent times `scale`."""
-        first, *rest = self.factors
-        if scale is not None:
-            if not jnp.iscomplexobj(scale):
-                scale = scale.astype(first.array.dtype)
-            first = Factor(first.array * scale, first.labels)
-        return Perturbed(value, self.axes, (first, *rest))
+        if scale is None:
+            return Perturbed(value, self.axes, self.terms)
+        terms = []
+        for first, *rest in self.terms:
+            own = scale if jnp.iscomplexobj(scale) else scale.astype(first.array.dtype)
+            terms.append((Factor(first.array * own, first.labels), *rest))
+        return Perturbed(value, self.axes, tuple(terms))
+
+    def times(self, value: jax.Array, array: jax.Array) -> "Perturbed | None":
+        """The weight with another value, and its tangent times an array entry by entry.
+
+        None where an axis has several labels.
+        """
+        if any(len(axis) > 1 for axis in self.axes) or array.ndim != self.value.ndim:
+            return None
+        kept = [i for i, n in enumerate(array.shape) if n != 1]
+        if any(not self.axes[i] for i in kept):
+            return None
+        labels = tuple(self.axes[i][0] for i in kept)
+        factor = Factor(array.reshape([array.shape[i] for i in kept]), labels)
+        return Perturbed(value, self.axes, tuple((*term, factor) for term in self.terms))
+
+    def renamed(self, names: Mapping[Label, Label]) -> "Perturbed":
+        """The same weight with other labels."""
+
+        def new(labels):
+            return tuple(names.get(label, label) for label in labels)
+
+        return self.map(
+            self.value, lambda f: Factor(f.array, new(f.labels)), [new(axis) for axis in self.axes]
+        )
+
+    def __add__(self, other: "Perturbed") -> "Perturbed":
+        """The sum with a weight whose axes have the same labels."""
+        return Perturbed(self.value + other.value, self.axes, self.terms + other.terms)
 
 
 def multiply(factors: Sequence[Factor], out: Sequence[Label]) -> jax.Array:

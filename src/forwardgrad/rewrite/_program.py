@@ -252,7 +252,7 @@ def perturbed(
     if arrays is None:
         dtype = computed_in(value.dtype)
         arrays = [jnp.ones(factor_shape(value.shape, f), dtype) for f in layout]
-    return Perturbed(value, axes, named(leaf, layout, arrays))
+    return Perturbed(value, axes, (named(leaf, layout, arrays),))
 
 
 def named(

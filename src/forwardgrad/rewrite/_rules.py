@@ -18,6 +18,10 @@ from forwardgrad.rewrite._walk import Value, Walk, rule
 
 @rule("dot_general")
 def _dot_general(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    if all(isinstance(v, Perturbed) for v in invals):
+        of_both = _two_weights(walk, eqn, *invals)
+        if of_both is not None:
+            return [of_both]
     side = _weight_side(invals)
     weight, x = invals[side], walk.array(invals[1 - side])
     (contracting, batch) = eqn.params["dimension_numbers"]
@@ -39,7 +43,8 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence
     def contribution(x, w):
         sizes = [w.size(n) if n in w.labels else x.shape[n.axis] for n in x_labels]
         factor = Factor(x.reshape(sizes), x_labels)
-        return contract(factor, w.factors, out_labels, **options).reshape(out_shape)
+        (term,) = w.terms
+        return contract(factor, term, out_labels, **options).reshape(out_shape)
 
     return [walk.apply(weight, primal, contribution, x)]
 
@@ -48,6 +53,53 @@ def _weight_side(invals: Sequence[Value]) -> int:
     """The operand whose factors are used; of two weights the larger one."""
     sizes = [v.value.size if isinstance(v, Perturbed) else -1 for v in invals]
     return int(sizes[1] >= sizes[0])
+
+
+def _two_weights(walk: Walk, eqn: JaxprEqn, v: Perturbed, w: Perturbed) -> Perturbed | None:
+    """The product of two weights as a weight, by the product rule.
+
+    None where their axes are merged ones, or a weight meets itself.
+    """
+    contracting, batch = eqn.params["dimension_numbers"]
+    pairs = [*zip(*contracting, strict=True), *zip(*batch, strict=True)]
+    single = all(len(axis) <= 1 for axis in (*v.axes, *w.axes))
+    if not single or {*v.labels} & {*w.labels}:
+        return None
+    if any(bool(v.axes[i]) != bool(w.axes[j]) for i, j in pairs):
+        return None
+    for weight, side in ((v, 0), (w, 1)):
+        walk.record(
+            contracted=[n for i in contracting[side] for n in weight.axes[i]],
+            stacked=[n for i in batch[side] for n in weight.axes[i]],
+        )
+    renamed = walk.rename(w, {n: m for i, j in pairs for n, m in zip(w.axes[j], v.axes[i], strict=True)})
+    if renamed is None:
+        return None
+    (value,) = evaluate(eqn, [v.value, w.value])
+    shared = [v.axes[i] for i in batch[0]]
+    free = [
+        [axis for i, axis in enumerate(p.axes) if i not in (*contracting[s], *batch[s])]
+        for s, p in enumerate((v, renamed))
+    ]
+    axes = (*shared, *free[0], *free[1])
+    summed = {n for i in contracting[0] for n in v.axes[i]}
+    left, right = (Factor(p.value.reshape(_sizes(p)), p.labels) for p in (v, renamed))
+    terms = [_merged(term, right, summed) for term in v.terms]
+    terms += [_merged(term, left, summed) for term in renamed.terms]
+    return Perturbed(value, axes, tuple(terms))
+
+
+def _sizes(w: Perturbed) -> list[int]:
+    """The shape without the axes of size one, which have no labels."""
+    return [n for n, axis in zip(w.value.shape, w.axes, strict=True) if axis]
+
+
+def _merged(term: Sequence[Factor], array: Factor, summed: set[Label]) -> tuple[Factor, ...]:
+    """A product of factors with one more, summed over some labels."""
+    rest = [f for f in term if summed.isdisjoint(f.labels)]
+    inner = [f for f in term if not summed.isdisjoint(f.labels)]
+    labels = dict.fromkeys(n for f in (*inner, array) for n in f.labels if n not in summed)
+    return (*rest, Factor(multiply([*inner, array], tuple(labels)), tuple(labels)))
 
 
 def _dot_labels(
@@ -99,10 +151,11 @@ def _separate_output(w: Perturbed, out_axis: int) -> tuple[list[Factor], Factor]
     if len(w.axes[out_axis]) != 1:
         return None
     (label,) = w.axes[out_axis]
-    over_out = [f for f in w.factors if label in f.labels]
+    (term,) = w.terms
+    over_out = [f for f in term if label in f.labels]
     if len(over_out) != 1 or not set(over_out[0].labels) <= {label, RANK}:
         return None
-    return [f for f in w.factors if label not in f.labels], over_out[0]
+    return [f for f in term if label not in f.labels], over_out[0]
 
 
 def _conv_by_factors(
@@ -165,9 +218,7 @@ def _gather(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Valu
     (value,) = evaluate(eqn, (weight.value, indices))
     (label,) = weight.axes[axis]
     new = tuple(label.child(2 + i) for i in range(index.ndim))
-    factors = tuple(
-        _pick(f, label, index, new, "fill" if fills else "clip") for f in weight.factors
-    )
+    mode = "fill" if fills else "clip"
     offset = iter(
         [
             axes if i != axis else ()
@@ -177,7 +228,7 @@ def _gather(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Valu
     )
     batch = iter([(n,) for n in new])
     axes = [next(offset) if i in d.offset_dims else next(batch) for i in range(value.ndim)]
-    return [Perturbed(value, tuple(axes), factors)]
+    return [weight.map(value, lambda f: _pick(f, label, index, new, mode), axes)]
 
 
 def _pick(f: Factor, label: Label, indices: Array, new: tuple[Label, ...], mode: str) -> Factor:
@@ -235,14 +286,56 @@ def _neg(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
 @rule("mul", "div")
 def _scale(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
     side = 0 if isinstance(invals[0], Perturbed) else 1
-    other = eqn.invars[1 - side]
     divides = eqn.primitive.name == "div"
-    if not isinstance(other, Literal) or (divides and side == 1):
+    if isinstance(invals[1 - side], Perturbed) or (divides and side == 1):
         return None
-    weight = invals[side]
+    weight, other = invals[side], jnp.asarray(invals[1 - side])
     (value,) = evaluate(eqn, [weight.value if i == side else v for i, v in enumerate(invals)])
-    scale = jnp.asarray(other.val)
-    return [weight.with_value(value, scale=1 / scale if divides else scale)]
+    scale = 1 / other if divides else other
+    if not other.ndim:
+        return [weight.with_value(value, scale=scale)]
+    if value.shape != weight.value.shape:
+        return None
+    scaled = weight.times(value, scale)
+    return None if scaled is None else [scaled]
+
+
+@rule("add", "sub", "add_any")
+def _add(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    arrays = [v.value if isinstance(v, Perturbed) else v for v in invals]
+    (value,) = evaluate(eqn, arrays)
+    total: Perturbed | None = None
+    for i, v in enumerate(invals):
+        if not isinstance(v, Perturbed):
+            continue
+        if v.value.shape != value.shape:
+            return None
+        negative = i == 1 and eqn.primitive.name == "sub"
+        own = v.with_value(v.value, scale=jnp.asarray(-1.0)) if negative else v
+        other = own if total is None else walk.like(total, own)
+        if other is None:
+            return None
+        total = other if total is None else total + other
+    assert total is not None
+    return [total.with_value(value)]
+
+
+@rule("select_n")
+def _select(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
+    which, *cases = invals
+    (value,) = evaluate(eqn, [which, *[v.value if isinstance(v, Perturbed) else v for v in cases]])
+    total: Perturbed | None = None
+    for i, v in enumerate(cases):
+        if not isinstance(v, Perturbed):
+            continue
+        chosen = (jnp.asarray(which).astype(int) == i).astype(v.terms[0][0].array.dtype)
+        own = v.times(value, chosen) if chosen.ndim else v.with_value(value, scale=chosen)
+        other = own if own is None or total is None else walk.like(total, own)
+        if other is None:
+            return None
+        total = other if total is None else total + other
+    assert total is not None
+    return [total.with_value(value)]
 
 
 @rule("slice")

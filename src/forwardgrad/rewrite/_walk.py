@@ -7,7 +7,7 @@ correct. Loops and branches are walked through (`_control.py`).
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -109,6 +109,7 @@ class Walk(AbstractWalk):
     eps: jax.Array
     single: bool = False
     roles: dict[int, Roles] | None = None
+    aliases: dict[tuple[int, int], set[Label]] = dataclasses.field(default_factory=dict)
 
     def array(self, value: Value) -> Array:
         """`value` as an array; the tangent of a perturbed weight is built."""
@@ -129,7 +130,7 @@ class Walk(AbstractWalk):
         `contribution(x, W)` is `primal(x, V)` computed from the factors of the tangent V.
         """
         # The rule outlives the trace of a loop's body, whose arrays it must not hold on to.
-        axes, layout = weight.axes, [f.labels for f in weight.factors]
+        axes, layout = weight.axes, [[f.labels for f in term] for term in weight.terms]
         single = self.single
 
         @jax.custom_jvp
@@ -146,9 +147,10 @@ class Walk(AbstractWalk):
             else:
                 out = primal(x, value)
             if not _is_zero(deps):
-                factors = tuple(Factor(a, n) for a, n in zip(arrays, layout, strict=True))
-                scaled = Perturbed(value, axes, factors).with_value(value, scale=deps)
-                terms.append(contribution(x, scaled))
+                for own, labels in zip(arrays, layout, strict=True):
+                    term = tuple(Factor(a, n) for a, n in zip(own, labels, strict=True))
+                    scaled = Perturbed(value, axes, (term,)).with_value(value, scale=deps)
+                    terms.append(contribution(x, scaled))
             # After the contribution: XLA keeps the order, and convolutions are faster in this one.
             if not _is_zero(dx):
                 terms.append(primal(dx, value) if moved is None else moved)
@@ -158,12 +160,14 @@ class Walk(AbstractWalk):
             return out, sum(terms, start=jnp.zeros_like(out))
 
         op.defjvp(jvp, symbolic_zeros=True)
-        return op(self.eps, x, weight.value, [f.array for f in weight.factors])
+        arrays = [[f.array for f in term] for term in weight.terms]
+        return op(self.eps, x, weight.value, arrays)
 
     def record(self, contracted: Sequence[Label] = (), stacked: Sequence[Label] = ()) -> None:
         """Note what a rule does with the axes that the labels came from."""
         if self.roles is None:
             return
+        stacked, contracted = (self._with_aliases(labels) for labels in (stacked, contracted))
         for label in stacked:
             if self.roles[label.leaf].contracted is None:
                 self.roles[label.leaf].stacked.add(label.axis)
@@ -171,6 +175,30 @@ class Walk(AbstractWalk):
         first = {n.leaf for n in contracted if self.roles[n.leaf].contracted is None}
         for leaf in first:
             self.roles[leaf].contracted = {n.axis for n in contracted if n.leaf == leaf}
+
+    def _with_aliases(self, labels: Sequence[Label]) -> list[Label]:
+        found = list(dict.fromkeys(labels))
+        for label in found:
+            found += [alias for alias in self.aliases.get(label[:2], ()) if alias not in found]
+        return found
+
+    def like(self, weight: Perturbed, other: Perturbed) -> Perturbed | None:
+        """`other` with the labels of a weight of the same shape, None where these do not agree."""
+        names = {}
+        for own, its in zip(weight.axes, other.axes, strict=True):
+            if len(own) != len(its) or len(own) > 1:
+                return None
+            names.update(zip(its, own, strict=True))
+        return self.rename(other, names)
+
+    def rename(self, weight: Perturbed, names: Mapping[Label, Label]) -> Perturbed | None:
+        """A weight with other labels, which are then known to mean the same."""
+        if len({*names.values()}) < len(names):
+            return None
+        for old, new in names.items():
+            if old[:2] != new[:2]:
+                self.aliases.setdefault(new[:2], set()).add(Label(*old[:2]))
+        return weight.renamed(names)
 
     def iteration(self, i: jax.Array) -> "Walk":
         """The same walk."""
