@@ -8,7 +8,7 @@ import pytest
 
 import forwardgrad as fg
 from forwardgrad.networks import LocalMixer, Size
-from forwardgrad.objectives import GlobalLoss, LocalLoss
+from forwardgrad.objectives import LocalLoss
 
 HIDDEN, CLASSES, BATCH = 40, 3, 12
 

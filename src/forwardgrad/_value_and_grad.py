@@ -73,7 +73,7 @@ def value_and_grad(
                 f"key is missing: {type(estimator).__name__} is random; "
                 "pass key=jax.random.key(...), a new one at every step"
             )
-        if estimator.needs_key:
+        if estimator.needs_key and key is not None:
             # With a key for each worker of a `shard_map`, tangents and estimates are its own.
             params = jax.tree.map(lambda leaf: varying_like(leaf, key), params)
 
@@ -82,7 +82,7 @@ def value_and_grad(
             value, aux = _pair(out) if has_aux else (out, None)
             return _as_losses(value), aux
 
-        closed.given = jax.tree.leaves((args, kwargs))
+        closed.given = jax.tree.leaves((args, kwargs))  # pyright: ignore[reportFunctionMemberAccess]
         (value, aux), grads = estimator.value_and_grad(closed, params, key)
         return ((value, aux) if has_aux else value), grads
 
@@ -97,8 +97,9 @@ def _check_signature(fun: Callable) -> None:
         return
     if any(p.name == "key" and p.kind is not p.POSITIONAL_ONLY for p in others):
         raise InputError(
-            "fun must not have an argument called `key`, which the estimator takes; give it another "
-            "name, for instance by lambda params, *args, noise: fun(params, *args, key=noise)"
+            "fun must not have an argument called `key`, which the estimator takes; give it "
+            "another name, for instance by lambda params, *args, noise: "
+            "fun(params, *args, key=noise)"
         )
 
 

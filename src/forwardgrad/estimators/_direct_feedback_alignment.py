@@ -50,7 +50,9 @@ class _Way(NamedTuple):
         gaps = [size for is_digit, size in order if not is_digit]
         sent = sent.reshape(*sent.shape[:-1], *gaps)
         gap = iter(range(len(self.digits), sent.ndim))
-        return sent.transpose([i if is_digit else next(gap) for is_digit, i in order]).reshape(shape)
+        return sent.transpose([i if is_digit else next(gap) for is_digit, i in order]).reshape(
+            shape
+        )
 
 
 class DirectFeedbackAlignment(AbstractEstimator):
@@ -224,6 +226,7 @@ def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]
     for o, v in enumerate(outputs):
         if not x.terms & program.plan.terms(v):
             continue
+        assert x.variable is not None
         places = program.places_towards(v).get(x.variable)
         loops = len(program.plan.outputs[v].loops)
         shape = (*program.plan.outputs[v].loops, *v.aval.shape)
@@ -236,7 +239,9 @@ def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]
         flat = tuple(p for own in digits.values() for p in own)
         held = math.prod(p.size for p in flat)
         entries = math.prod(x.value.shape) // held
-        layers = [n for i, n in enumerate(x.value.shape[: x.stacked]) if i not in [p.axis for p in flat]]
+        layers = [
+            n for i, n in enumerate(x.value.shape[: x.stacked]) if i not in [p.axis for p in flat]
+        ]
         units = math.prod(shape) // math.prod(shape[axis] for axis in digits)
         number = x.site.number * len(outputs) + o
         found.append(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array
 
 from forwardgrad._errors import InputError
@@ -138,9 +139,7 @@ def over_tangents(
     once, each = over_tangents(along, head, first, program)
 
     def rest(tangent):
-        return over_tangents(
-            lambda t: along(t, pure=True), tangent, chunk, program
-        )[1]
+        return over_tangents(lambda t: along(t, pure=True), tangent, chunk, program)[1]
 
     tail = jax.tree.map(lambda a: a[first:].reshape(-1, chunk, *a.shape[1:]), tangents)
     later = jax.lax.map(rest, tail)
@@ -153,8 +152,9 @@ def check_one_by_one(program: Program, estimator: str) -> None:
     for eqn in program.plan.while_loops:
         if any(program.plan.terms(v) for v in eqn.outvars):
             raise InputError(
-                f"a parameter enters a while_loop at {line_of(eqn)}, which has no reverse mode, and "
-                f"{estimator} needs that of every single layer; WeightPerturbation() needs none"
+                f"a parameter enters a while_loop at {line_of(eqn)}, which has no reverse "
+                f"mode, and {estimator} needs that of every single layer; WeightPerturbation() "
+                "needs none"
             )
     for layer in program.plan.layers.values():
         changes = any(program.plan.terms(v) for v in layer.eqn.outvars)
@@ -209,5 +209,5 @@ def check_chunk(chunk: int | None) -> None:
 def isolated(fun: Callable, *args: Any) -> Any:
     """`fun(*args)`, so that nothing of it happens where it raises."""
     closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
-    outs = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(args))
+    outs = jaxpr_as_fun(closed)(*jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(out), outs)

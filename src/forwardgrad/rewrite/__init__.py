@@ -10,9 +10,9 @@ from forwardgrad.rewrite._layers import LayerWalk as LayerWalk
 from forwardgrad.rewrite._layers import Site as Site
 from forwardgrad.rewrite._mark import activation as activation
 from forwardgrad.rewrite._mark import transparent as transparent
-from forwardgrad.rewrite._plan import Layer as Layer
 from forwardgrad.rewrite._perturbed import placed_like as placed_like
 from forwardgrad.rewrite._perturbed import varying_like as varying_like
+from forwardgrad.rewrite._plan import Layer as Layer
 from forwardgrad.rewrite._primitives import SENT_BACK as SENT_BACK
 from forwardgrad.rewrite._primitives import line_of as line_of
 from forwardgrad.rewrite._program import FactorShape as FactorShape

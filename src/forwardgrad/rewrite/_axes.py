@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from forwardgrad.rewrite._flow import (
@@ -137,7 +138,7 @@ class NamedAxes(Backward[Places]):
         if isinstance(atom, Literal):
             return np.asarray(atom.val)
         needed, eqns = self._slice(atom)
-        if eqns is None or any(isinstance(self._consts.get(v), jax.core.Tracer) for v in needed):
+        if eqns is None or any(isinstance(self._consts.get(v), Tracer) for v in needed):
             return None
         with jax.ensure_compile_time_eval():
             return np.asarray(self.value(atom))
@@ -488,9 +489,9 @@ def _gather(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Tar
         return [batching[numbers.start_indices_batching_dims.index(index)], None]
     n = shape_of(eqn.outvars[0])[axis]
     for column, operand_axis in enumerate(numbers.start_index_map):
-        if operand_axis in numbers.collapsed_slice_dims and shape[operand_axis] == n:
-            if _counts_up(_column(flow, eqn.invars[1], column), index, n):
-                return [operand_axis, None]
+        one = operand_axis in numbers.collapsed_slice_dims and shape[operand_axis] == n
+        if one and _counts_up(_column(flow, eqn.invars[1], column), index, n):
+            return [operand_axis, None]
     return [UNKNOWN, None]
 
 
@@ -498,13 +499,13 @@ def _column(flow: NamedAxes, atom: Any, column: int) -> np.ndarray | None:
     """One column of indices, if it is known while tracing."""
     made = flow.maker(atom)
     last = len(shape_of(atom)) - 1
-    if made is not None and made.primitive.name == "concatenate":
-        if made.params["dimension"] == last:
-            for part in made.invars:
-                if column < shape_of(part)[last]:
-                    known = flow.constant(part)
-                    return None if known is None else known[..., column]
-                column -= shape_of(part)[last]
+    is_joined = made is not None and made.primitive.name == "concatenate"
+    if made is not None and is_joined and made.params["dimension"] == last:
+        for part in made.invars:
+            if column < shape_of(part)[last]:
+                known = flow.constant(part)
+                return None if known is None else known[..., column]
+            column -= shape_of(part)[last]
     known = flow.constant(atom)
     return None if known is None else known[..., column]
 
@@ -519,7 +520,7 @@ def _counts_up(index: np.ndarray | None, axis: int, n: int) -> bool:
 @_rule("scatter-add")
 def _scatter_add(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
     numbers, shape = eqn.params["dimension_numbers"], shape_of(eqn.invars[0])
-    operand, indices, updates = eqn.invars
+    _, indices, updates = eqn.invars
     if numbers.operand_batching_dims:
         return [axis, None, UNKNOWN]
     if axis not in numbers.inserted_window_dims:
@@ -532,8 +533,9 @@ def _scatter_add(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequenc
     # A segment sum: each entry of the updates belongs to the segment that its index names.
     scattered = [i for i in range(len(shape_of(updates))) if i not in numbers.update_window_dims]
     one = len(scattered) == 1 and shape_of(indices) == (shape_of(updates)[scattered[0]], 1)
-    if one and numbers.scatter_dims_to_operand_dims == (axis,) and flow.value(indices) is not None:
-        return [axis, None, Part(scattered[0], 1, shape[axis], indices)]
+    if one and numbers.scatter_dims_to_operand_dims == (axis,) and isinstance(indices, Var):
+        known = flow.value(indices) is not None
+        return [axis, None, Part(scattered[0], 1, shape[axis], indices) if known else UNKNOWN]
     return [axis, None, UNKNOWN]
 
 

@@ -1,14 +1,19 @@
 """Rules for equations that hold programs: the walk goes through them."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import JaxprEqn
 
+from forwardgrad.rewrite._flow import tangent_program
 from forwardgrad.rewrite._perturbed import Factor, Perturbed
 from forwardgrad.rewrite._primitives import scan_counts, while_counts
-from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk, Value, rule
+from forwardgrad.rewrite._trace import evaluate, is_inexact, no_tangent, with_none_for_integers
+from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk, Value, Walk, rule
 
 
 @rule("scan", table=PROGRAMS)
@@ -106,3 +111,69 @@ def _cond(walk: AbstractWalk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequenc
         for branch in eqn.params["branches"]
     ]
     return jax.lax.switch(index, branches)
+
+
+@rule("custom_jvp_call", table=PROGRAMS)
+def _custom_jvp(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+    """A function with a rule of its own, whose rule is walked with the weights' factors."""
+    program = tangent_program(eqn)
+    weights = [v if isinstance(v, Perturbed) else None for v in invals]
+    arrays = [v.value if isinstance(v, Perturbed) else v for v in invals]
+    moving = [i for i, v in enumerate(eqn.invars) if is_inexact(v)]
+    if walk.roles is not None:
+        own = [jnp.zeros_like(arrays[i]) if weights[i] is None else invals[i] for i in moving]
+        walk.arrays(program.jaxpr, program.consts, [*arrays, *own])
+        return evaluate(eqn, arrays)
+    like = {i: w for i, w in enumerate(weights) if w is not None}
+    shapes = {i: (w.axes, [[f.labels for f in term] for term in w.terms]) for i, w in like.items()}
+    factors = {i: [[f.array for f in term] for term in w.terms] for i, w in like.items()}
+
+    @jax.custom_jvp
+    def call(eps, arrays, factors):
+        del eps, factors
+        return evaluate(eqn, arrays)
+
+    def jvp(primals, tangents):
+        _, arrays, factors = primals
+        d_eps, moved, _ = tangents
+        zeros = [isinstance(moved[i], SymbolicZero) for i in moving]
+        moved = [as_array(moved[i], arrays[i]) for i in moving]
+
+        scaled = [
+            _with_factors(d, zero, as_array(d_eps, walk.eps), *shapes[i], factors[i])
+            if i in shapes
+            else d
+            for i, d, zero in zip(moving, moved, zeros, strict=True)
+        ]
+        # The rule is linear in the tangents: it takes the sum of what comes from data and weights.
+        sums = dataclasses.replace(walk, eps=None)
+        outs = sums.arrays(program.jaxpr, program.consts, [*arrays, *scaled])
+        outs, changes = outs[: len(eqn.outvars)], outs[len(eqn.outvars) :]
+        return outs, with_none_for_integers(changes, outs)
+
+    call.defjvp(jvp, symbolic_zeros=True)
+    return call(walk.eps, arrays, factors)
+
+
+def _with_factors(
+    tangent: jax.Array,
+    is_zero: bool,
+    scale: jax.Array,
+    axes: Any,
+    labels: Sequence[Sequence[Any]],
+    arrays: Sequence[Any],
+) -> Perturbed:
+    """The tangent of a weight as a weight: what comes from elsewhere, and its own factors."""
+    terms = [
+        tuple(Factor(a, n) for a, n in zip(own, names, strict=True))
+        for own, names in zip(arrays, labels, strict=True)
+    ]
+    weight = Perturbed(tangent, axes, tuple(terms)).with_value(tangent, scale)
+    return dataclasses.replace(weight, is_zero=is_zero)
+
+
+def as_array(tangent: Any, like: Any) -> Any:
+    """A tangent that may be a symbol for zero, as an array."""
+    if not isinstance(tangent, SymbolicZero):
+        return tangent
+    return jnp.zeros_like(like) if is_inexact(like) else no_tangent(like)

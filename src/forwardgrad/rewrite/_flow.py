@@ -122,16 +122,14 @@ class Backward(abc.ABC, Generic[V]):
         """The inputs of a function with a `custom_jvp`, by its rule."""
         rule = tangent_program(eqn)
         floats = [v for v, atom in zip(outs, eqn.outvars, strict=True) if is_inexact(atom)]
-        ins = iter(self.run(rule.jaxpr, floats)[len(eqn.invars) :])
+        ins = iter(self.run(rule.jaxpr, [*[None] * len(outs), *floats])[len(eqn.invars) :])
         return [next(ins) if is_inexact(atom) else None for atom in eqn.invars]
 
     def _joined(self, values: Sequence[V | None]) -> V | None:
         known = [v for v in values if v is not None]
         return functools.reduce(self.join, known) if known else None
 
-    def _shards(
-        self, eqn: JaxprEqn, jaxpr: Jaxpr, outs: Sequence[V | None]
-    ) -> Sequence[V | None]:
+    def _shards(self, eqn: JaxprEqn, jaxpr: Jaxpr, outs: Sequence[V | None]) -> Sequence[V | None]:
         inside = [v if v is None else self.enter_shards(eqn, i, v) for i, v in enumerate(outs)]
         ins = self.run(jaxpr, inside)
         return [v if v is None else self.leave_shards(eqn, i, v) for i, v in enumerate(ins)]
@@ -163,8 +161,10 @@ class Backward(abc.ABC, Generic[V]):
 
 
 def tangent_program(eqn: JaxprEqn) -> ClosedJaxpr:
-    """The rule of a function with a `custom_jvp`: from its inputs and their tangents, where they
-    have any, to the tangents of its outputs.
+    """The rule of a function with a `custom_jvp`.
+
+    It takes the function's inputs, then the tangents of those that can have one; it returns the
+    outputs, then likewise their tangents.
     """
     avals = [v.aval for v in eqn.invars]
     moving = [i for i, v in enumerate(eqn.invars) if is_inexact(v)]
@@ -174,9 +174,11 @@ def tangent_program(eqn: JaxprEqn) -> ClosedJaxpr:
             full = list(primals)
             for i, value in zip(moving, values, strict=True):
                 full[i] = value
-            return [out for out in evaluate(eqn, full) if is_inexact(out)]
+            outs = evaluate(eqn, full)
+            return [out for out in outs if is_inexact(out)], outs
 
-        return jax.jvp(of_moving, [primals[i] for i in moving], tangents)[1]
+        _, changes, outs = jax.jvp(of_moving, [primals[i] for i in moving], tangents, has_aux=True)
+        return outs, changes
 
     return inline(jax.make_jaxpr(rule)(avals, [avals[i] for i in moving]), forward=True)
 
@@ -253,9 +255,9 @@ def normal(parts: Sequence[Part]) -> tuple[Part, ...]:
     found: list[Part] = []
     for part in parts:
         last = found[-1] if found else None
-        if last and last.axis == part.axis and last.inner == part.inner * part.size:
-            if last.through is part.through is None:
-                found[-1] = Part(part.axis, part.inner, last.size * part.size)
-                continue
-        found.append(part)
+        joined = last and last.axis == part.axis and last.inner == part.inner * part.size
+        if last and joined and last.through is part.through is None:
+            found[-1] = Part(part.axis, part.inner, last.size * part.size)
+        else:
+            found.append(part)
     return tuple(found)

@@ -225,7 +225,7 @@ def _threshold(eqn: JaxprEqn) -> Any:
 def _threshold_of_rule(rule: Jaxpr) -> Any:
     """The same, where the derivative is given by a rule: `where(z > c, dz, 0)`."""
     made = {v: eqn for eqn in rule.eqns for v in eqn.outvars}
-    last = made.get(rule.outvars[0]) if isinstance(rule.outvars[0], Var) else None
+    last = made.get(rule.outvars[-1]) if isinstance(rule.outvars[-1], Var) else None
     if last is None or last.primitive.name != "select_n" or len(last.invars) != 3:
         return None
     where, zero, moved = last.invars

@@ -1,6 +1,5 @@
 """What a model says of itself: the names of an activation's axes, rules that may be left out."""
 
-
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Inexact

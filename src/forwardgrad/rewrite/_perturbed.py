@@ -77,17 +77,21 @@ class Factor:
 class Perturbed:
     """A weight `value` and its tangent, the sum of `terms`, each a product of factors.
 
-    `axes[i]` are the labels whose (row-major) product is axis `i` of `value`.
+    `axes[i]` are the labels whose (row-major) product is axis `i` of `value`; `is_zero` says that
+    the value is known to be zero.
     """
 
     value: jax.Array
     axes: tuple[tuple[Label, ...], ...]
     terms: tuple[tuple[Factor, ...], ...]
+    is_zero: bool = False
 
-    def map(self, value: jax.Array, fn: Callable[[Factor], Factor], axes: Any = None) -> "Perturbed":
-        """The weight with another value, and `fn` of every factor."""
+    def map(
+        self, value: jax.Array, fn: Callable[[Factor], Factor], axes: Any = None
+    ) -> "Perturbed":
+        """The weight with its value's entries in another order, and `fn` of every factor."""
         terms = tuple(tuple(map(fn, term)) for term in self.terms)
-        return Perturbed(value, self.axes if axes is None else tuple(axes), terms)
+        return Perturbed(value, self.axes if axes is None else tuple(axes), terms, self.is_zero)
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -109,6 +113,7 @@ class Perturbed:
             self.value.transpose(permutation),
             tuple(self.axes[i] for i in permutation),
             self.terms,
+            self.is_zero,
         )
 
     def reshape(self, shape: Sequence[int]) -> "Perturbed | None":
@@ -132,7 +137,7 @@ class Perturbed:
                 axis.append(label)
                 size //= have
             axes.append(tuple(axis))
-        return Perturbed(self.value.reshape(shape), tuple(axes), w.terms)
+        return Perturbed(self.value.reshape(shape), tuple(axes), w.terms, w.is_zero)
 
     def split(self, label: Label, sizes: tuple[int, int]) -> "Perturbed":
         """The same weight with one label made two."""
@@ -257,7 +262,7 @@ def _arrange(x: Factor, out: Sequence[Label]) -> jax.Array:
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x` placed as `like` is, where that is a part of types: on an explicit mesh, in `shard_map`."""
+    """`x` placed as `like` is where types tell: on an explicit mesh, in `shard_map`."""
     x = varying_like(x, like)
     own, wanted = jax.typeof(x).sharding, jax.typeof(like).sharding
     if own.spec == wanted.spec or wanted.mesh.empty:

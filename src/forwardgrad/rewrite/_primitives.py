@@ -9,12 +9,12 @@ ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     bitcast_convert_type cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh
-    digamma div eq erf erf_inv erfc exp exp2 expm1 floor forwardgrad_mark forwardgrad_transparent
-    ge gt igamma igamma_grad_a
-    igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg
-    nextafter not or polygamma pow pvary real reduce_precision regularized_incomplete_beta rem round
-    rsqrt select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
-    """.split()
+    digamma div eq erf erf_inv erfc exp exp2 expm1 floor forwardgrad_mark forwardgrad_transparent ge
+    gt igamma igamma_grad_a igammac imag integer_pow is_finite le lgamma log log1p logistic lt max
+    min mul name ne neg nextafter not or polygamma pow pvary real reduce_precision
+    regularized_incomplete_beta rem reshard round rsqrt select_n sharding_constraint sign sin sinh
+    sqrt square stop_gradient sub tan tanh xor zeta
+    """.split()  # noqa: SIM905
 )
 """An output's entry depends on the inputs' entries at the same place, or on scalars."""
 
@@ -41,9 +41,9 @@ MOVES = ("transpose", "reshape", "squeeze", "expand_dims", "convert_element_type
 
 SENT_BACK = ELEMENTWISE | frozenset(
     """
-    broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims gather pad reduce_max
-    reduce_min reduce_sum reshape rev scatter scatter-add slice split squeeze transpose
-    """.split()
+    broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims gather pad
+    reduce_max reduce_min reduce_sum reshape rev scatter scatter-add slice split squeeze transpose
+    """.split()  # noqa: SIM905
 )
 """Errors pass through them without a matrix, whatever weights enter."""
 
@@ -52,7 +52,15 @@ CALLBACKS = ("pure_callback", "io_callback", "debug_callback", "debug_print", "f
 OPAQUE = (*CALLBACKS, "while", "pallas_call", "custom_call", "custom_partitioning")
 """Primitives that cannot be transposed, though they may be linear."""
 
-UNBATCHABLE = (*CALLBACKS, "ragged_dot_general", "pallas_call", "custom_call", "new_ref", "get", "swap")
+UNBATCHABLE = (
+    *CALLBACKS,
+    "ragged_dot_general",
+    "pallas_call",
+    "custom_call",
+    "new_ref",
+    "get",
+    "swap",
+)
 """Primitives that `vmap` may refuse, or may call again for each entry of the batch."""
 
 

@@ -62,9 +62,7 @@ class Program:
     - `forward`: whether forward mode is to go through it.
     """
 
-    def __init__(
-        self, fun: Callable[[Any], tuple[Any, Any]], params: Any, *, forward: bool = True
-    ):
+    def __init__(self, fun: Callable[[Any], tuple[Any, Any]], params: Any, *, forward: bool = True):
         self.leaves, self.treedef = jax.tree.flatten(params)
         structure = []
 
@@ -179,7 +177,8 @@ class Program:
 
     def influence(self) -> list[frozenset[int]]:
         """For each parameter, the terms of the losses that it can change."""
-        return [self._influence.of(v) or frozenset() for v in self._closed.jaxpr.invars]
+        known = [self._influence.of(v) for v in self._closed.jaxpr.invars]
+        return [frozenset(t for t in terms or () if isinstance(t, int)) for terms in known]
 
     def of_last_layers(self) -> list[int]:
         """The positions of the parameters that no layer comes after."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
 
 from forwardgrad.rewrite._perturbed import RANK, Factor, Label, Perturbed, contract, multiply
 from forwardgrad.rewrite._trace import Array, evaluate
@@ -72,7 +72,9 @@ def _two_weights(walk: Walk, eqn: JaxprEqn, v: Perturbed, w: Perturbed) -> Pertu
             contracted=[n for i in contracting[side] for n in weight.axes[i]],
             stacked=[n for i in batch[side] for n in weight.axes[i]],
         )
-    renamed = walk.rename(w, {n: m for i, j in pairs for n, m in zip(w.axes[j], v.axes[i], strict=True)})
+    renamed = walk.rename(
+        w, {n: m for i, j in pairs for n, m in zip(w.axes[j], v.axes[i], strict=True)}
+    )
     if renamed is None:
         return None
     (value,) = evaluate(eqn, [v.value, w.value])
@@ -261,9 +263,7 @@ def _reshape(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Val
     *("convert_element_type", "copy", "copy_p", "sharding_constraint", "reshard", "pvary"),
     *("name", "forwardgrad_mark"),
 )
-def _same_layout(
-    walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]
-) -> Sequence[Value] | None:
+def _same_layout(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
     weight = invals[0]
     (value,) = evaluate(eqn, [weight.value])
     if not jnp.issubdtype(value.dtype, jnp.inexact):

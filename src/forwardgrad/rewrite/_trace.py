@@ -159,7 +159,7 @@ class _Level:
 def pushed_forward(eqn: JaxprEqn) -> ClosedJaxpr:
     r"""A function with a reverse rule alone, in a form that forward mode can go through.
 
-    The reverse rule maps the cotangents of the outputs to those of the inputs, $c \mapsto A^\top c$.
+    The reverse rule maps cotangents of the outputs to those of the inputs, $c \mapsto A^\top c$.
     Where this is linear, forward mode gets its transpose, $\dot x \mapsto A \dot x$, whatever the
     function itself computes. A rule that raises or that cannot be transposed (a kernel, a loop)
     leaves the derivative of the function itself.
@@ -193,15 +193,25 @@ def pushed_forward(eqn: JaxprEqn) -> ClosedJaxpr:
             )
         outs, pullback, changing = _pulled_back(eqn, primals)
         transposed = jax.linear_transpose(pullback, changing)
-        moved = tuple(jnp.asarray(t) for p, t in zip(primals, tangents, strict=True) if is_inexact(p))
+        moved = tuple(
+            jnp.asarray(t) for p, t in zip(primals, tangents, strict=True) if is_inexact(p)
+        )
         (changes,) = transposed(moved)
         rest = iter(changes)
-        return tuple(outs), tuple(next(rest) if is_inexact(out) else no_tangent(out) for out in outs)
+        return tuple(outs), tuple(
+            next(rest) if is_inexact(out) else no_tangent(out) for out in outs
+        )
 
     return jax.make_jaxpr(call)(*[v.aval for v in eqn.invars])
 
 
-def no_tangent(x: Array) -> np.ndarray:
+def with_none_for_integers(tangents: Sequence[Array], outs: Sequence[Array]) -> list[Any]:
+    """The tangents of all outputs, given those of the floating-point ones."""
+    rest = iter(tangents)
+    return [next(rest) if is_inexact(out) else no_tangent(out) for out in outs]
+
+
+def no_tangent(x: Array) -> Any:
     """The tangent of an array of integers."""
     return np.zeros(jnp.shape(x), jax.dtypes.float0)
 

@@ -7,6 +7,8 @@ correct. Loops and branches are walked through (`_control.py`).
 
 import abc
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -97,16 +99,18 @@ class AbstractWalk(abc.ABC):
         """Take over `noted` of the iterations of a loop, stacked."""
         del stacked
 
+
 @dataclasses.dataclass(frozen=True)
 class Walk(AbstractWalk):
     """One evaluation of a program with perturbed weights.
 
-    `eps` is the scalar that the program is differentiated by; `roles`, where given, collects
-    how each parameter (by its position) is used. `single` says that there is one tangent, so that
-    an input and its tangent may be multiplied with a weight together.
+    `eps` is the scalar that the program is differentiated by; without it, the program is evaluated
+    at the sum of weights and tangents, which is right for what is linear in them. `roles`, where
+    given, collects how each parameter (by its position) is used. `single` says that there is one
+    tangent, so that an input and its tangent may be multiplied with a weight together.
     """
 
-    eps: jax.Array
+    eps: jax.Array | None
     single: bool = False
     roles: dict[int, Roles] | None = None
     aliases: dict[tuple[int, int], set[Label]] = dataclasses.field(default_factory=dict)
@@ -129,6 +133,13 @@ class Walk(AbstractWalk):
         Its directional derivative is `primal(dx, W) + deps * contribution(x, W)`, where
         `contribution(x, W)` is `primal(x, V)` computed from the factors of the tangent V.
         """
+        if self.eps is None:
+            terms = [Perturbed(weight.value, weight.axes, (term,)) for term in weight.terms]
+            changes = [contribution(x, term) for term in terms]
+            if not weight.is_zero:
+                changes.append(primal(x, weight.value))
+            like = jax.eval_shape(primal, x, weight.value)
+            return functools.reduce(operator.add, [c.astype(like.dtype) for c in changes])
         # The rule outlives the trace of a loop's body, whose arrays it must not hold on to.
         axes, layout = weight.axes, [[f.labels for f in term] for term in weight.terms]
         single = self.single
