@@ -167,8 +167,8 @@ def directional(
     factors = estimator._factors(key, program.leaves, chosen)
     if keep is not None:
         factors = [[a[np.array(keep)] for a in arrays] for arrays in factors]
-    (value,), derivatives, *_ = directional_derivatives(program, chosen, dict(enumerate(factors)))
-    derivatives = derivatives[:, 0]
+    found = directional_derivatives(program, chosen, dict(enumerate(factors)))
+    (value,), derivatives = found.losses, found.changes[:, 0]
     if not tangents:
         return Directional(value, derivatives, None)
     built = [

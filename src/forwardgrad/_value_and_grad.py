@@ -77,16 +77,26 @@ def value_and_grad(
             # With a key for each worker of a `shard_map`, tangents and estimates are its own.
             params = jax.tree.map(lambda leaf: varying_like(leaf, key), params)
 
-        def closed(params):
-            out = fun(params, *args, **kwargs)
-            value, aux = _pair(out) if has_aux else (out, None)
-            return _as_losses(value), aux
-
-        closed.given = jax.tree.leaves((args, kwargs))  # pyright: ignore[reportFunctionMemberAccess]
+        closed = as_objective(fun, has_aux, args, kwargs)
         (value, aux), grads = estimator.value_and_grad(closed, params, key)
         return ((value, aux) if has_aux else value), grads
 
     return evaluate
+
+
+def as_objective(fun: Callable, has_aux: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`fun` as estimators take it: of the parameters alone, with losses and auxiliary data.
+
+    Its attribute `given` has the arrays among the other arguments.
+    """
+
+    def objective(params):
+        out = fun(params, *args, **kwargs)
+        value, aux = _pair(out) if has_aux else (out, None)
+        return _as_losses(value), aux
+
+    objective.given = jax.tree.leaves((args, kwargs))  # pyright: ignore[reportFunctionMemberAccess]
+    return objective
 
 
 def _check_signature(fun: Callable) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._losses import Losses
 from forwardgrad.estimators._base import AbstractEstimator, Objective
+from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import DISTRIBUTIONS, Distribution, draw, portable
 from forwardgrad.estimators._steering import (
     check_chunk,
@@ -201,6 +202,12 @@ class ActivityPerturbation(AbstractEstimator):
             estimate = jnp.mean(jax.vmap(along)(jnp.arange(self.tangents), changes), axis=0)
         # A derivative by a complex number has the conjugate of the direction it is found along.
         return jnp.conj(estimate).astype(activation.value.dtype)
+
+
+@explained.register
+def _(estimator: ActivityPerturbation, fun: Objective, params: PyTree) -> list[ExplainedParameter]:
+    del estimator
+    return by_layer(Program(fun, params, forward=True), params, "activation")
 
 
 @jax.custom_jvp

@@ -6,6 +6,8 @@ import jax
 from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad.estimators._base import AbstractEstimator, Objective
+from forwardgrad.estimators._credit import ExplainedParameter, explained, of_parameters
+from forwardgrad.rewrite import Program
 
 
 class Backpropagation(AbstractEstimator):
@@ -42,3 +44,10 @@ class Backpropagation(AbstractEstimator):
             return losses.total(), aux
 
         return jax.value_and_grad(total, has_aux=True)(params)
+
+
+@explained.register
+def _(estimator: Backpropagation, fun: Objective, params: PyTree) -> list[ExplainedParameter]:
+    del estimator
+    program = Program(fun, params, forward=False)
+    return of_parameters(program, params, ["exact"] * len(program.leaves))

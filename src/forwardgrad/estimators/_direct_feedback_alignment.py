@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import AbstractEstimator, Objective
+from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import feedback_key, rademacher
 from forwardgrad.estimators._feedback import Feedback, at_iterations
 from forwardgrad.estimators._steering import check_one_by_one, not_differentiable
@@ -172,6 +173,14 @@ class DirectFeedbackAlignment(AbstractEstimator):
             sent = math.sqrt(self.gain / way.scale) * error @ signs.T
             total = total + way.spread(sent, x.value.shape)
         return placed_like(total.astype(x.value.dtype), x.value)
+
+
+@explained.register
+def _(
+    estimator: DirectFeedbackAlignment, fun: Objective, params: PyTree
+) -> list[ExplainedParameter]:
+    del estimator
+    return by_layer(Program(fun, params, forward=False), params, "feedback")
 
 
 def _outputs(program: Program) -> list[Any]:

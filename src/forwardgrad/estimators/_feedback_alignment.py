@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import AbstractEstimator, Objective
+from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import draw, feedback_key
 from forwardgrad.estimators._feedback import Feedback, at_iterations
 from forwardgrad.estimators._steering import check_one_by_one
@@ -147,6 +148,12 @@ class FeedbackAlignment(AbstractEstimator):
             return jax.vmap(lambda i: along(lengths[1:], (*iterations, i)))(jnp.arange(lengths[0]))
 
         return along(layer.loops, ())
+
+
+@explained.register
+def _(estimator: FeedbackAlignment, fun: Objective, params: PyTree) -> list[ExplainedParameter]:
+    del estimator
+    return by_layer(Program(fun, params, forward=False), params, "feedback")
 
 
 def _products(program: Program) -> dict[int, Layer]:

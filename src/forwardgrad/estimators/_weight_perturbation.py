@@ -1,9 +1,10 @@
 """Forward gradients: perturb the weights, keep what the directional derivative says."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._errors import InputError, unknown_name
 from forwardgrad.estimators._base import AbstractEstimator, Objective
+from forwardgrad.estimators._credit import ExplainedParameter, explained, of_parameters
 from forwardgrad.estimators._distributions import (
     DISTRIBUTIONS,
     Distribution,
@@ -29,6 +31,7 @@ from forwardgrad.rewrite import (
     computed_in,
     dense_layout,
     factor_shape,
+    masked_rows,
     perturbed,
 )
 
@@ -146,14 +149,17 @@ class WeightPerturbation(AbstractEstimator):
         chosen = [layouts[i] for i in perturbed]
         drawn = self._factors(portable(key), [program.leaves[i] for i in perturbed], chosen)
         factors = dict(zip(perturbed, drawn, strict=True))
-        terms, derivatives, aux, of_exact = directional_derivatives(
-            program, layouts, factors, self.chunk
-        )
+        found = directional_derivatives(program, layouts, factors, self.chunk)
+        terms, derivatives, aux, of_exact = found.losses, found.changes, found.aux, found.exact
+        for i, (axis, rows) in found.rows.items():
+            if i in factors:
+                factors[i] = masked_rows(layouts[i], factors[i], axis, rows)
         grads = [of_exact.get(i, jnp.zeros_like(leaf)) for i, leaf in enumerate(program.leaves)]
         for influenced, members in _partition(program.influence(), perturbed):
             own = [(layouts[i], factors[i], program.leaves[i]) for i in members]
             change = jnp.sum(derivatives[:, sorted(influenced)], axis=1)
-            coefficients = self._coefficients(change, *zip(*own, strict=True))
+            size = sum(_active_size(program.leaves[i], found.rows.get(i)) for i in members)
+            coefficients = self._coefficients(change, size, *zip(*own, strict=True))
             for i, (layout, arrays, leaf) in zip(members, own, strict=True):
                 grads[i] = combine_tangents(i, leaf, layout, arrays, coefficients)
         value = program.losses(terms).total()
@@ -198,6 +204,7 @@ class WeightPerturbation(AbstractEstimator):
     def _coefficients(
         self,
         derivatives: Float[Array, " tangents"],
+        active: Any,
         layouts: Sequence[Layout],
         factors: Sequence[Sequence[Array]],
         leaves: Sequence[Array],
@@ -218,7 +225,22 @@ class WeightPerturbation(AbstractEstimator):
         derivatives = derivatives.astype(jnp.promote_types(derivatives.dtype, gram.dtype))
         # The pseudo-inverse, because random signs may repeat a tangent of a tiny model.
         projected = jnp.linalg.pinv(gram, hermitian=True) @ derivatives
-        return projected * (size / self.tangents)
+        return projected * (active / self.tangents)
+
+
+@explained.register
+def _(estimator: WeightPerturbation, fun: Objective, params: PyTree) -> list[ExplainedParameter]:
+    program = Program(fun, params)
+    layouts = estimator._layouts(program)
+    exact = program.of_last_layers() if estimator.exact_last else []
+    kinds = ["rank-one" if len(layout) > 1 else "dense" for layout in layouts]
+    how = ["exact" if i in exact else kind for i, kind in enumerate(kinds)]
+    built = program.built(layouts)
+    rows = of_parameters(program, params, how)
+    return [
+        dataclasses.replace(row, built=tuple(built.get(i, ()))) if row.how == how[i] else row
+        for i, row in enumerate(rows)
+    ]
 
 
 def _partition(
@@ -231,20 +253,30 @@ def _partition(
     return [(terms, leaves) for terms, leaves in members.items() if terms]
 
 
+class Directional(NamedTuple):
+    """What a program computes, and how it changes along tangents.
+
+    `changes[k, t]` is the derivative of the sum of term t along tangent k. `exact` has the exact
+    gradient by the parameters that are not perturbed, and `rows`, for parameters that are looked up
+    in, the axis that rows are along and which of them are used.
+    """
+
+    losses: list[Array]
+    changes: Float[Array, "tangents terms"]
+    aux: list[Array]
+    exact: dict[int, Array]
+    rows: dict[int, tuple[int, Array]]
+
+
 def directional_derivatives(
     program: Program,
     layouts: Sequence[Layout],
     factors: Mapping[int, Sequence[Array]],
     chunk: int | None = None,
-) -> tuple[list[Array], Float[Array, "tangents terms"], list[Array], dict[int, Array]]:
+) -> Directional:
     """What a program computes, and how it changes along K tangents of some of its parameters.
 
     `factors` are those of the perturbed parameters by their position.
-
-    **Returns:**
-
-    The losses; the derivative of each term's sum along each tangent; the auxiliary data; and the
-    exact gradient by the other parameters, where no perturbed one comes after them.
     """
     count = len(jax.tree.leaves(factors)[0]) if factors else 1
 
@@ -252,24 +284,37 @@ def directional_derivatives(
         del number
         exact = {i: program.leaves[i] for i in stage.leaves if i not in factors}
         if exact:
-            total, pullback, (writes, derivatives) = jax.vjp(
+            total, pullback, (writes, derivatives, rows) = jax.vjp(
                 lambda exact: _along_all(
                     program, layouts, factors, count, stage, exact, reads, chunk
                 ),
                 exact,
                 has_aux=True,
             )
-            return writes, (derivatives, pullback(jnp.ones_like(total))[0])
-        _, (writes, derivatives) = _along_all(
+            return writes, (derivatives, pullback(jnp.ones_like(total))[0], rows)
+        _, (writes, derivatives, rows) = _along_all(
             program, layouts, factors, count, stage, {}, reads, chunk
         )
-        return writes, (derivatives, {})
+        return writes, (derivatives, {}, rows)
 
     terms, aux, results = program.stage_by_stage(run)
-    found = {i: d for derivatives, _ in results for i, d in derivatives.items()}
+    found = {i: d for derivatives, _, _ in results for i, d in derivatives.items()}
     columns = [found.get(i, jnp.zeros(count)) for i in range(program.terms)]
-    grads = {i: g for _, of_stage in results for i, g in of_stage.items()}
-    return terms, jnp.stack(columns, axis=1), aux, grads
+    grads = {i: g for _, of_stage, _ in results for i, g in of_stage.items()}
+    axes = dict(program.lookups.values())
+    rows: dict[int, tuple[int, Array]] = {}
+    for _, _, of_stage in results:
+        for i, used in of_stage.items():
+            rows[i] = (axes[i], used | rows[i][1] if i in rows else used)
+    return Directional(terms, jnp.stack(columns, axis=1), aux, grads, rows)
+
+
+def _active_size(leaf: Array, rows: tuple[int, Array] | None) -> Any:
+    """The number of a parameter's entries that the losses can depend on."""
+    if rows is None:
+        return leaf.size
+    axis, used = rows
+    return jnp.sum(used) * (leaf.size // leaf.shape[axis])
 
 
 def _along_all(
@@ -281,8 +326,8 @@ def _along_all(
     exact: Mapping[int, Array],
     reads: Sequence[Any],
     chunk: int | None,
-) -> tuple[Array, tuple[list[Array], dict[int, Array]]]:
-    """The sum of a stage's losses; all that it computes, and the derivatives of its terms."""
+) -> tuple[Array, tuple[list[Array], dict[int, Array], dict[int, Array]]]:
+    """The sum of a stage's losses; all that it computes, its terms' derivatives, and rows used."""
     places = program.terms_of(stage)
 
     def along(factors, pure=False):
@@ -295,16 +340,17 @@ def _along_all(
                 else exact[i]
                 for i in stage.leaves
             ]
-            walk = Walk(eps, single=count == 1)
+            walk = Walk(eps, single=count == 1, lookups=program.lookups)
             writes = walk.arrays(jaxpr, (), [*weights, *reads])
-            return {i: total_of(writes[place]) for i, place in places.items()}, writes
+            sums = {i: total_of(writes[place]) for i, place in places.items()}
+            return sums, (writes, walk.rows)
 
         zero, one = jnp.zeros(()), jnp.ones(())
-        sums, derivatives, writes = jax.jvp(at, (zero,), (one,), has_aux=True)
-        return (sum(sums.values(), start=jnp.zeros(())), writes), derivatives
+        sums, derivatives, (writes, rows) = jax.jvp(at, (zero,), (one,), has_aux=True)
+        return (sum(sums.values(), start=jnp.zeros(())), writes, rows), derivatives
 
-    (total, writes), derivatives = over_tangents(along, dict(factors), count, program, chunk)
-    return total, (writes, derivatives)
+    (total, writes, rows), derivatives = over_tangents(along, dict(factors), count, program, chunk)
+    return total, (writes, derivatives, rows)
 
 
 def gram_matrix(

@@ -22,6 +22,7 @@ from forwardgrad.rewrite._program import combine_tangents as combine_tangents
 from forwardgrad.rewrite._program import computed_in as computed_in
 from forwardgrad.rewrite._program import dense_layout as dense_layout
 from forwardgrad.rewrite._program import factor_shape as factor_shape
+from forwardgrad.rewrite._program import masked_rows as masked_rows
 from forwardgrad.rewrite._program import named as named
 from forwardgrad.rewrite._program import perturbed as perturbed
 from forwardgrad.rewrite._stages import Stage as Stage
@@ -55,6 +56,7 @@ __all__ = [
     "factor_shape",
     "is_inexact",
     "line_of",
+    "masked_rows",
     "named",
     "perturbed",
     "placed_like",

@@ -9,7 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal, Var
+from jax.extend.core import Jaxpr, Literal, Var
 
 from forwardgrad._losses import Losses
 from forwardgrad.rewrite import _control, _rules  # noqa: F401  (they register their rules)
@@ -26,7 +26,8 @@ from forwardgrad.rewrite._perturbed import (
     placed_like,
 )
 from forwardgrad.rewrite._plan import Plan
-from forwardgrad.rewrite._primitives import UNBATCHABLE, names, shape_of
+from forwardgrad.rewrite._primitives import UNBATCHABLE, names, programs, shape_of
+from forwardgrad.rewrite._rows import Lookup, lookups
 from forwardgrad.rewrite._stages import Stage, after, is_lasting, stages
 from forwardgrad.rewrite._trace import inline, trace
 from forwardgrad.rewrite._walk import Roles, Walk
@@ -151,6 +152,11 @@ class Program:
             self._towards[variable] = flow.found
         return self._towards[variable]
 
+    @functools.cached_property
+    def lookups(self) -> dict[int, Lookup]:
+        """The equations that look up rows of parameters, where nothing else uses these."""
+        return lookups(self._closed.jaxpr)
+
     @property
     def has_effects(self) -> bool:
         """Whether it does anything but compute."""
@@ -197,17 +203,52 @@ class Program:
         `scan`, indexing or a batch axis cuts it into. Any other one is dense.
         """
         roles = {i: Roles() for i in range(len(self.leaves))}
+        layouts = [one_factor_an_axis(leaf.shape) for leaf in self.leaves]
+        self._walk_abstractly(Walk(jnp.zeros(()), roles=roles), layouts)
+        return [_layout(leaf.shape, roles[i]) for i, leaf in enumerate(self.leaves)]
 
+    def built(self, layouts: Sequence[Layout]) -> dict[int, list[str]]:
+        """Where tangents with these layouts have to be built as arrays, by parameter."""
+        walk = Walk(jnp.zeros(()), built=set())
+        self._walk_abstractly(walk, layouts)
+        found: dict[int, list[str]] = {}
+        for leaf, where in sorted(walk.built or ()):
+            found.setdefault(leaf, []).append(where)
+        return found
+
+    def _walk_abstractly(self, walk: Walk, layouts: Sequence[Layout]) -> None:
         def run(leaves):
-            walk = Walk(jnp.zeros(()), roles=roles)
             weights = [
-                perturbed(i, leaf, one_factor_an_axis(leaf.shape), None)
-                for i, leaf in enumerate(leaves)
+                perturbed(i, leaf, layout, None)
+                for i, (leaf, layout) in enumerate(zip(leaves, layouts, strict=True))
             ]
             return walk.arrays(self._closed.jaxpr, self._closed.consts, weights)
 
         jax.eval_shape(run, self.leaves)
-        return [_layout(leaf.shape, roles[i]) for i, leaf in enumerate(self.leaves)]
+
+    def activations(self) -> list[list[Var]]:
+        """For each parameter the activations that it makes by itself."""
+        found: list[list[Var]] = [[] for _ in self.leaves]
+
+        def go(jaxpr: Jaxpr, sources: list[frozenset[int]]) -> None:
+            known = dict(zip(jaxpr.invars, sources, strict=True))
+            for eqn in jaxpr.eqns:
+                ins = [
+                    frozenset() if isinstance(a, Literal) else known.get(a, frozenset())
+                    for a in eqn.invars
+                ]
+                if eqn.primitive.name == "scan":
+                    go(programs(eqn)[0].jaxpr, ins)
+                own = nothing.union(*ins)
+                for v in eqn.outvars:
+                    known[v] = own
+                    if v in self.plan.outputs and not self.plan.is_on_its_way(v):
+                        known[v] = nothing
+                        for i in sorted(own):
+                            found[i].append(v)
+
+        go(self._closed.jaxpr, [frozenset({i}) for i in range(len(self.leaves))])
+        return found
 
 
 def dense_layout(shape: Sequence[int]) -> Layout:
@@ -235,6 +276,18 @@ def _layout(shape: Sequence[int], roles: Roles) -> Layout:
 def computed_in(dtype: Any) -> Any:
     """The type that factors of a weight have: eight bits are for storage alone."""
     return jnp.float32 if jnp.dtype(dtype).itemsize == 1 else dtype
+
+
+def masked_rows(layout: Layout, arrays: Sequence[jax.Array], axis: int, rows: jax.Array) -> list:
+    """The factors of a parameter's tangents, without those rows along an axis that are not used."""
+    found = []
+    for shape, array in zip(layout, arrays, strict=True):
+        axes = (*shape.stacked, *shape.own)
+        if axis in axes:
+            mask = rows.reshape(-1, *[1] * (len(axes) - axes.index(axis) - 1))
+            array = jnp.where(mask, array, 0)
+        found.append(array)
+    return found
 
 
 def _axes(shape: Sequence[int]) -> tuple[int, ...]:

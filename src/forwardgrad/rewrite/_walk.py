@@ -18,6 +18,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from forwardgrad.rewrite._perturbed import Factor, Label, Perturbed, placed_like
+from forwardgrad.rewrite._primitives import line_of
+from forwardgrad.rewrite._rows import Lookup, taken
 from forwardgrad.rewrite._trace import Array, evaluate
 
 Value: TypeAlias = Any
@@ -107,18 +109,26 @@ class Walk(AbstractWalk):
     `eps` is the scalar that the program is differentiated by; without it, the program is evaluated
     at the sum of weights and tangents, which is right for what is linear in them. `roles`, where
     given, collects how each parameter (by its position) is used. `single` says that there is one
-    tangent, so that an input and its tangent may be multiplied with a weight together.
+    tangent, so that an input and its tangent may be multiplied with a weight together. `rows`
+    collects which rows of parameters `lookups` take, and `built`, where given, which parameters'
+    tangents were built as arrays, and where.
     """
 
     eps: jax.Array | None
     single: bool = False
     roles: dict[int, Roles] | None = None
     aliases: dict[tuple[int, int], set[Label]] = dataclasses.field(default_factory=dict)
+    built: set[tuple[int, str]] | None = None
+    lookups: Mapping[int, Lookup] = dataclasses.field(default_factory=dict)
+    rows: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+    line: list[str] = dataclasses.field(default_factory=list)
 
     def array(self, value: Value) -> Array:
         """`value` as an array; the tangent of a perturbed weight is built."""
         if not isinstance(value, Perturbed):
             return value
+        if self.built is not None:
+            self.built.update((label.leaf, self.at) for label in value.labels)
         return self.apply(value, lambda _, w: w, lambda _, w: w.tangent())
 
     def apply(
@@ -174,6 +184,11 @@ class Walk(AbstractWalk):
         arrays = [[f.array for f in term] for term in weight.terms]
         return op(self.eps, x, weight.value, arrays)
 
+    @property
+    def at(self) -> str:
+        """The equation at hand, by its primitive and line."""
+        return self.line[0] if self.line else "the program's end"
+
     def record(self, contracted: Sequence[Label] = (), stacked: Sequence[Label] = ()) -> None:
         """Note what a rule does with the axes that the labels came from."""
         if self.roles is None:
@@ -218,6 +233,12 @@ class Walk(AbstractWalk):
     def equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
         """The outputs of one equation, by its rule if a weight enters it."""
         name = eqn.primitive.name
+        if self.built is not None and name not in PROGRAMS:
+            self.line[:] = [f"{name} at {line_of(eqn)}"]
+        if id(eqn) in self.lookups:
+            leaf, axis = self.lookups[id(eqn)]
+            used = taken(eqn, axis, invals)
+            self.rows[leaf] = self.rows[leaf] | used if leaf in self.rows else used
         perturbed = any(isinstance(v, Perturbed) for v in invals)
         if perturbed and name in PROGRAMS:
             outs = PROGRAMS[name](self, eqn, invals)
