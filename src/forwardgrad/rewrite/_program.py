@@ -230,13 +230,12 @@ class Program:
         """For each parameter the activations that it makes by itself."""
         found: list[list[Var]] = [[] for _ in self.leaves]
 
+        nothing: frozenset[int] = frozenset()
+
         def go(jaxpr: Jaxpr, sources: list[frozenset[int]]) -> None:
             known = dict(zip(jaxpr.invars, sources, strict=True))
             for eqn in jaxpr.eqns:
-                ins = [
-                    frozenset() if isinstance(a, Literal) else known.get(a, frozenset())
-                    for a in eqn.invars
-                ]
+                ins = [known.get(a, nothing) if isinstance(a, Var) else nothing for a in eqn.invars]
                 if eqn.primitive.name == "scan":
                     go(programs(eqn)[0].jaxpr, ins)
                 own = nothing.union(*ins)
