@@ -101,10 +101,12 @@ class ActivityPerturbation(AbstractEstimator):
         program = Program(fun, params)
         check_one_by_one(program, "ActivityPerturbation")
         grads = [jnp.zeros_like(leaf) for leaf in program.leaves]
-        own = portable(key)
+        base = portable(key)
 
         def run(stage, number, reads):
             del number
+            # The signs of a stage are drawn when it begins: all stages' would else be kept at once.
+            own = _key_after(reads, base)
             # Every activation is cut off from what uses it: reverse mode sees one layer at a time.
             (total, _), pullback, (changes, noted, writes) = jax.vjp(
                 lambda leaves: self._forward(program, stage, reads, own, leaves),
@@ -194,14 +196,19 @@ class ActivityPerturbation(AbstractEstimator):
 
         if self.distribution == "rademacher":
             # Signs are drawn again when they are needed; XLA would otherwise keep them.
-            (data,) = after(changes, [jax.random.key_data(key)])
-            key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+            key = _key_after(changes, key)
         if self.tangents == 1:
             estimate = along(jnp.zeros((), int), changes)
         else:
             estimate = jnp.mean(jax.vmap(along)(jnp.arange(self.tangents), changes), axis=0)
         # A derivative by a complex number has the conjugate of the direction it is found along.
         return jnp.conj(estimate).astype(activation.value.dtype)
+
+
+def _key_after(results: Any, key: Key[Array, ""]) -> Key[Array, ""]:
+    """`key`, but for XLA not to be had before `results`."""
+    (data,) = after(results, [jax.random.key_data(key)])
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
 @explained.register

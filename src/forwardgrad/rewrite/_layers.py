@@ -231,7 +231,7 @@ def _threshold_of_rule(rule: Jaxpr) -> Any:
     where, zero, moved = last.invars
     while not isinstance(zero, Literal):
         full = made.get(zero)
-        if full is None or full.primitive.name != "broadcast_in_dim":
+        if full is None or full.primitive.name not in ("broadcast_in_dim", "convert_element_type"):
             return None
         zero = full.invars[0]
     test = None if isinstance(where, Literal) else made.get(where)
