@@ -420,3 +420,10 @@ def test_the_command_stops_at_a_signal(tmp_path, number):
     assert f"--resume --out {tmp_path / 'run'} continues the run" in err
     assert "Traceback" not in out + err
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_checkpoint_of_a_version_that_drew_other_tangents(halfway, monkeypatch):
+    monkeypatch.setattr(_loop, "DRAWS", 99)
+    with fails("earlier version of forwardgrad, which drew other tangents and feedback weights"):
+        finish(halfway)
+    load_run(halfway)  # its weights can be read all the same

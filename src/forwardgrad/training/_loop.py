@@ -38,6 +38,9 @@ from forwardgrad.training._state import Feed, TrainState
 CHUNK_SECONDS = 1.0
 """How long the compiled loop runs before it looks at signals, the clock and the terminal."""
 
+DRAWS = 2
+"""The version of how tangents and feedback weights are drawn, which a run keeps to its end."""
+
 
 def fit(config: TrainConfig, *, console: Console | None = None) -> dict[str, Any]:
     """Train a network, and leave everything about it in a folder.
@@ -128,6 +131,12 @@ class _Session:
         self.checkpoints = Checkpoints(folder / CHECKPOINTS)
         self.state, self.seconds, lines = run.state, 0.0, []
         restored = self.checkpoints.restore(run.state)
+        if restored is not None and restored[1].get("draws") != DRAWS:
+            raise InputError(
+                f"the checkpoint in {folder / CHECKPOINTS} is of an earlier version of forwardgrad, "
+                "which drew other tangents and feedback weights, so that this one cannot continue "
+                "the run: start anew with another --out"
+            )
         if restored is not None:
             self.state, stored, problems = restored
             self.seconds = stored["seconds"]
@@ -271,7 +280,7 @@ class _Session:
     def _save(self) -> None:
         if not all(np.isfinite(leaf).all() for leaf in _parameters(self.state)):
             raise self._diverged(f"the parameters are not finite after step {self.step}")
-        progress = {"seconds": self.seconds, "lines": len(self.metrics.lines)}
+        progress = {"draws": DRAWS, "seconds": self.seconds, "lines": len(self.metrics.lines)}
         self.checkpoints.save(self.state, progress)
         self.saved_at = time.monotonic()
 
