@@ -152,7 +152,7 @@ def test_one_tangent_s_identity_counts_the_rows_that_are_used():
 @pytest.mark.parametrize(
     "use",
     [
-        lambda t: jnp.sum(t[IDS] @ t.T),
+        lambda t: jnp.sum((t[IDS] @ t.T) ** 2),
         lambda t: jnp.sum(t[IDS]) + jnp.sum(t**2),
         lambda t: jnp.sum(jax.lax.scan(lambda h, i: (h + t[i], None), jnp.zeros(4), IDS[0])[0]),
         lambda t: jnp.sum(t[IDS, 1]),
@@ -191,19 +191,19 @@ def test_chunks_change_nothing(kind, chunk):
 
 def test_chunks_bound_the_memory():
     x = jax.ShapeDtypeStruct((512, 256), jnp.float32)
-    w = {"v": jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+    w = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+
+    def loss(w, x):
+        for _ in range(4):
+            x = jax.nn.softmax(x @ w)
+        return jnp.mean(x**2)
 
     def temp(chunk):
-        estimator = fg.WeightPerturbation(tangents=32, chunk=chunk)
-
-        def step(w, x, key):
-            loss = lambda w: jnp.mean(jnp.tanh(jnp.tanh(x @ w["v"]) @ w["v"]) @ w["v"])  # noqa: E731
-            return fg.value_and_grad(loss, estimator)(w, key=key)
-
-        compiled = jax.jit(step).lower(w, x, jax.random.key(0)).compile()
+        step = fg.value_and_grad(loss, fg.WeightPerturbation(tangents=32, chunk=chunk))
+        compiled = jax.jit(step).lower(w, x, key=jax.random.key(0)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temp(4) < 0.3 * temp(None)
+    assert temp(4) < 0.6 * temp(None)
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 1.5])
