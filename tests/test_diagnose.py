@@ -453,3 +453,55 @@ def test_diagnosis_and_theory_agree(name):
         row = rows[layer]
         assert row.variance == pytest.approx(float(expected.sum()), abs=5 * row.variance_error)
         assert row.variance_error < 0.1 * row.variance
+
+
+# The identity of one tangent
+
+
+def masked_layers(w, x):
+    hidden = jnp.tanh(x @ jnp.where(jnp.tril(jnp.ones((4, 4))) > 0, w["in"], 0))
+    return jnp.mean((hidden @ w["out"]) ** 2)
+
+
+def test_the_identity_of_one_tangent():
+    w = {"in": jnp.ones((4, 4)), "out": jnp.ones((4, 2)), "unused": jnp.ones(3)}
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    for estimator in (fg.WeightPerturbation(tangents=4, clip=0.1), fg.WeightPerturbation(rank=2)):
+        found = fg.diagnose(
+            masked_layers, estimator, w, x, key=jax.random.key(1), samples=4, check=True
+        )
+        assert found.identity_error < 1e-4
+        assert "identity of one tangent off by" in str(found)
+        assert found.as_json()["identity_error"] == found.identity_error
+
+
+def test_the_identity_finds_a_gradient_of_something_else():
+    """A function whose reverse rule is not its derivative, and cannot be transposed."""
+
+    @jax.custom_vjp
+    def off(x):
+        return jax.lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, 2 * c[1]), (0, x))[1]
+
+    def backward(_, g):
+        return (jax.lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, 3 * c[1]), (0, g))[1],)
+
+    off.defvjp(lambda x: (off(x), None), backward)
+    found = fg.diagnose(
+        lambda w: jnp.sum(off(w) ** 2),
+        *(fg.WeightPerturbation(), jnp.ones(5)),
+        key=jax.random.key(1),
+        samples=4,
+        check=True,
+    )
+    assert 0.4 < found.identity_error < 0.6
+
+
+def test_the_identity_is_that_of_perturbed_weights():
+    with pytest.raises(fg.InputError, match="check must be False but for WeightPerturbation"):
+        fg.diagnose(
+            lambda w: jnp.sum(w**2),
+            *(fg.ActivityPerturbation(), jnp.ones(5)),
+            key=jax.random.key(1),
+            samples=4,
+            check=True,
+        )

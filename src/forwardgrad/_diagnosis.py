@@ -108,6 +108,8 @@ class Diagnosis:
         gradient by backpropagation. The body of a loop counts once. None where XLA does not say,
         or there is no reverse mode.
     - `temp_bytes`, `exact_temp_bytes`: XLA's temporary memory of each.
+    - `identity_error`: how far off the identity of one tangent is, relative to it; None where it
+        was not checked.
     """
 
     estimator: str
@@ -118,6 +120,7 @@ class Diagnosis:
     exact_flops: float | None
     temp_bytes: int | None
     exact_temp_bytes: int | None
+    identity_error: float | None = None
 
     @property
     def rows(self) -> tuple[DiagnosisRow, ...]:
@@ -152,7 +155,10 @@ class Diagnosis:
             [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines
         ]
         title = f"{self.estimator}, {self.samples} samples"
-        return "\n".join([title, *("  ".join(line) for line in padded), cost_in_words(self)])
+        lines = [title, *("  ".join(line) for line in padded), cost_in_words(self)]
+        if self.identity_error is not None:
+            lines.append(f"identity of one tangent off by {self.identity_error:.1g}")
+        return "\n".join(lines)
 
 
 HEADS = ("layer", "parameters", "cosine", "of mean", "bias", "error", "z", "variance/‖g‖²", "SNR")

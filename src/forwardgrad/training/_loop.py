@@ -133,8 +133,8 @@ class _Session:
         restored = self.checkpoints.restore(run.state)
         if restored is not None and restored[1].get("draws") != DRAWS:
             raise InputError(
-                f"the checkpoint in {folder / CHECKPOINTS} is of an earlier version of forwardgrad, "
-                "which drew other tangents and feedback weights, so that this one cannot continue "
+                f"the checkpoint in {folder / CHECKPOINTS} is of an earlier version of "
+                "forwardgrad, which drew other tangents and feedback weights, so that this one cannot continue "
                 "the run: start anew with another --out"
             )
         if restored is not None:
