@@ -57,8 +57,9 @@ def diagnose(
         estimate by one tangent of signs. With d the directional derivative and N the number of
         entries that are perturbed, $g \cdot \hat g = d^2$ and
         $\lVert \hat g \rVert^2 = N d^2$, so that
-        $N\, g \cdot \hat g / \lVert \hat g \rVert^2 = 1$. This needs no statistics and finds an error of rounding's size, where a bias hides behind the noise. The largest
-        deviation of 8 estimates is the diagnosis' `identity_error`.
+        $N\, g \cdot \hat g / \lVert \hat g \rVert^2 = 1$. This needs no statistics and finds an
+        error of rounding's size, where a bias hides behind the noise. The largest deviation of 8
+        estimates is the diagnosis' `identity_error`.
 
     **Returns:**
 

@@ -105,10 +105,11 @@ def _check_signature(fun: Callable) -> None:
         _, *others = inspect.signature(fun).parameters.values()
     except (TypeError, ValueError):  # a callable without a signature, or without arguments
         return
-    if any(p.name == "key" and p.kind is not p.POSITIONAL_ONLY for p in others):
+    hidden = [p for p in others if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    if any(p.name == "key" for p in hidden):
         raise InputError(
-            "fun must not have an argument called `key`, which the estimator takes; give it "
-            "another name, for instance by lambda params, *args, noise: "
+            "fun must not have an optional argument called `key`, which the estimator takes; give "
+            "it another name, for instance by lambda params, *args, noise: "
             "fun(params, *args, key=noise)"
         )
 

@@ -6,6 +6,7 @@ here is unknown.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -34,8 +35,9 @@ class Aligned(int):
     """An axis along which an entry changes outputs at its own place, and at others."""
 
 
-Target: TypeAlias = int | Place | Part | None
-"""For one input: the axis that an output's axis comes from, or what is known instead."""
+Target: TypeAlias = Any
+"""For one input: the axis that an output's axis comes from, a `Place` or `Part` that says what is
+known instead, or None where it has no derivative. Axes may be NumPy's integers."""
 
 Rule: TypeAlias = Callable[["NamedAxes", JaxprEqn, int, int], Sequence[Target]]
 """From the number of an output and an axis of it to the inputs."""
@@ -246,11 +248,11 @@ def _placed(
                 return lost
             parts.append(target)
             continue
-        assert isinstance(target, int)
-        if target >= 0 and shape_of(atom)[target] != out[part.axis]:
+        own = operator.index(target)  # pyright: ignore[reportArgumentType]
+        if own >= 0 and shape_of(atom)[own] != out[part.axis]:
             return lost
         mixed |= isinstance(target, Aligned)
-        parts.append(part._replace(axis=int(target)))
+        parts.append(part._replace(axis=own))
     return Place(normal(parts), mixed)
 
 
@@ -346,7 +348,7 @@ def _sum(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target
     return [_kept(eqn, (eqn.params["axis"],))[axis]]
 
 
-def _kept(eqn: JaxprEqn, axes: Sequence[int]) -> list[int]:
+def _kept(eqn: JaxprEqn, axes: Sequence[Any]) -> list[int]:
     return [i for i in range(len(shape_of(eqn.invars[0]))) if i not in axes]
 
 

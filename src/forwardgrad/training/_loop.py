@@ -134,8 +134,8 @@ class _Session:
         if restored is not None and restored[1].get("draws") != DRAWS:
             raise InputError(
                 f"the checkpoint in {folder / CHECKPOINTS} is of an earlier version of "
-                "forwardgrad, which drew other tangents and feedback weights, so that this one cannot continue "
-                "the run: start anew with another --out"
+                "forwardgrad, which drew other tangents and feedback weights, so that this one "
+                "cannot continue the run: start anew with another --out"
             )
         if restored is not None:
             self.state, stored, problems = restored
