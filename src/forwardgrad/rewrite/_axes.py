@@ -8,7 +8,7 @@ here is unknown.
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from forwardgrad.rewrite._flow import (
     join_places,
     normal,
 )
-from forwardgrad.rewrite._primitives import ELEMENTWISE, programs, shape_of
+from forwardgrad.rewrite._primitives import ELEMENTWISE, SCATTERS, programs, shape_of
 from forwardgrad.rewrite._trace import INFO
 
 Places: TypeAlias = dict[Key, Place]
@@ -348,7 +348,7 @@ def _sum(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target
     return [_kept(eqn, (eqn.params["axis"],))[axis]]
 
 
-def _kept(eqn: JaxprEqn, axes: Sequence[Any]) -> list[int]:
+def _kept(eqn: JaxprEqn, axes: Sequence[SupportsIndex]) -> list[int]:
     return [i for i in range(len(shape_of(eqn.invars[0]))) if i not in axes]
 
 
@@ -423,6 +423,26 @@ def _pad(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target
 def _concatenate(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
     along = axis == eqn.params["dimension"] and len(eqn.invars) > 1
     return [UNKNOWN if along else axis] * len(eqn.invars)
+
+
+@_rule("stack")
+def _stack(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
+    new = eqn.params["axis"]
+    return [UNKNOWN if axis == new else axis - (axis > new)] * len(eqn.invars)
+
+
+@_rule("unstack")
+def _unstack(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
+    return [axis + (axis >= eqn.params["axis"])]
+
+
+@_rule("tile")
+def _tile(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
+    reps = eqn.params["reps"]
+    new = len(reps) - len(shape_of(eqn.invars[0]))
+    if axis < new:
+        return [MIXED]
+    return [axis - new if reps[axis] == 1 else UNKNOWN]
 
 
 @_rule("split")
@@ -519,8 +539,8 @@ def _counts_up(index: np.ndarray | None, axis: int, n: int) -> bool:
     return bool(np.all(np.moveaxis(index, axis, -1) == np.arange(n)))
 
 
-@_rule("scatter-add")
-def _scatter_add(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
+@_rule(*SCATTERS)
+def _scatter(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
     numbers, shape = eqn.params["dimension_numbers"], shape_of(eqn.invars[0])
     _, indices, updates = eqn.invars
     if numbers.operand_batching_dims:

@@ -17,6 +17,7 @@ from forwardgrad.rewrite._primitives import (
     CONSTANT,
     CUSTOM_JVP,
     CUSTOM_VJP,
+    OF_ENTRIES,
     SHARD_MAP,
     programs,
     scan_counts,
@@ -114,7 +115,7 @@ class Backward(abc.ABC, Generic[V]):
             return self.run_rule(eqn, outs)
         if name == CUSTOM_VJP and kind_of_rule(eqn) == "linear":
             return self.run_rule(pushed_forward(eqn).jaxpr.eqns[0], outs)
-        if inner:
+        if inner and name not in OF_ENTRIES:
             return self.opaque(eqn, outs)
         return self.through(eqn, outs)
 
@@ -122,7 +123,8 @@ class Backward(abc.ABC, Generic[V]):
         """The inputs of a function with a `custom_jvp`, by its rule."""
         rule = tangent_program(eqn)
         floats = [v for v, atom in zip(outs, eqn.outvars, strict=True) if is_inexact(atom)]
-        ins = iter(self.run(rule.jaxpr, [*[None] * len(outs), *floats])[len(eqn.invars) :])
+        linear = _linear(rule.jaxpr, len(eqn.invars))
+        ins = iter(self.run(linear, [*[None] * len(outs), *floats])[len(eqn.invars) :])
         return [next(ins) if is_inexact(atom) else None for atom in eqn.invars]
 
     def _joined(self, values: Sequence[V | None]) -> V | None:
@@ -181,6 +183,16 @@ def tangent_program(eqn: JaxprEqn) -> ClosedJaxpr:
         return outs, changes
 
     return inline(jax.make_jaxpr(rule)(avals, [avals[i] for i in moving]), forward=True)
+
+
+def _linear(rule: Jaxpr, primals: int) -> Jaxpr:
+    """A rule without what tangents do not enter, which may well be the function itself."""
+    moving, eqns = set(rule.invars[primals:]), []
+    for eqn in rule.eqns:
+        if not moving.isdisjoint(atom for atom in eqn.invars if isinstance(atom, Var)):
+            moving.update(eqn.outvars)
+            eqns.append(eqn)
+    return rule.replace(eqns=eqns)
 
 
 Terms = frozenset[Hashable]

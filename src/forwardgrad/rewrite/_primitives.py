@@ -10,7 +10,7 @@ ELEMENTWISE = frozenset(
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     bitcast_convert_type cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh
     digamma div eq erf erf_inv erfc exp exp2 expm1 floor forwardgrad_mark forwardgrad_transparent ge
-    gt igamma igamma_grad_a igammac imag integer_pow is_finite le lgamma log log1p logistic lt max
+    gt igamma igamma_grad_a igammac imag integer_pow is_finite layout_constraint le lgamma log log1p logistic lt max
     min mul name ne neg nextafter not or polygamma pow pvary real reduce_precision
     regularized_incomplete_beta rem reshard round rsqrt select_n sharding_constraint sign sin sinh
     sqrt square stop_gradient sub tan tanh xor zeta
@@ -29,6 +29,11 @@ TRANSPARENT = "forwardgrad_transparent"
 CUSTOM_JVP, CUSTOM_VJP, SHARD_MAP = "custom_jvp_call", "custom_vjp_call", "shard_map"
 
 BRANCHES = ("cond", "while")
+
+SCATTERS = ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
+
+OF_ENTRIES = ("reduce", "reduce_window", *SCATTERS)
+"""They hold a program for two entries, and are known as they stand."""
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 """Linear in each of two operands, and sums over entries of them."""
