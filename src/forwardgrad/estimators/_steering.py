@@ -134,16 +134,17 @@ def over_tangents(
             return isolated(jax.vmap(along, out_axes=(None, 0)), tangents)
         except Exception:  # what a callback or a primitive raises here can be anything
             chunk = 1
-    first = count - (count - 1) // chunk * chunk
+    chunks = (count - 1) // chunk
+    first = count - chunks * chunk
     head = jax.tree.map(lambda a: a[:first], tangents)
     once, each = over_tangents(along, head, first, program)
 
     def rest(tangent):
         return over_tangents(lambda t: along(t, pure=True), tangent, chunk, program)[1]
 
-    tail = jax.tree.map(lambda a: a[first:].reshape(-1, chunk, *a.shape[1:]), tangents)
+    tail = jax.tree.map(lambda a: a[first:].reshape(chunks, chunk, *a.shape[1:]), tangents)
     later = jax.lax.map(rest, tail)
-    later = jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), later)
+    later = jax.tree.map(lambda d: d.reshape(chunks * chunk, *d.shape[2:]), later)
     return once, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), each, later)
 
 

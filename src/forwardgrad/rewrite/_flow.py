@@ -121,7 +121,10 @@ class Backward(abc.ABC, Generic[V]):
 
     def run_rule(self, eqn: JaxprEqn, outs: Sequence[V | None]) -> Sequence[V | None]:
         """The inputs of a function with a `custom_jvp`, by its rule."""
-        rule = tangent_program(eqn)
+        try:
+            rule = tangent_program(eqn)
+        except NameError:  # a name of a mesh's axis, in a `shard_map`
+            return self.opaque(eqn, outs)
         floats = [v for v, atom in zip(outs, eqn.outvars, strict=True) if is_inexact(atom)]
         linear = _linear(rule.jaxpr, len(eqn.invars))
         ins = iter(self.run(linear, [*[None] * len(outs), *floats])[len(eqn.invars) :])
