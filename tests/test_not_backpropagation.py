@@ -316,3 +316,70 @@ def test_unbiased_or_refused(name, estimator):
 def test_the_axis_of_the_examples_is_found_where_losses_are_indexed(estimator):
     found = PROGRAMS["nll by index"]
     fg.value_and_grad(found.fun, estimator)(found.params, key=KEYS[0])
+
+
+# Rules that do not compute the function by the function
+
+
+@jax.custom_jvp
+def quantised(z):
+    return jnp.floor(4 * z) / 4
+
+
+quantised.defjvp(lambda primals, tangents: (jnp.floor(4 * primals[0]) / 4, tangents[0]))
+
+
+@jax.custom_vjp
+def straight_through(z):
+    return jnp.floor(4 * z) / 4
+
+
+straight_through.defvjp(lambda z: (jnp.floor(4 * z) / 4, None), lambda _, error: (error,))
+
+
+@pytest.mark.parametrize("rule", [quantised, straight_through])
+@pytest.mark.parametrize("estimator", [*RANDOM.values(), FEEDBACK["dfa"]])
+def test_an_output_layer_is_exact_by_the_rule_that_comes_after_it(rule, estimator):
+    params = PROGRAMS["custom jvp"].params
+
+    def fun(p):
+        return squares(rule(two_layers(p) @ p["last"]))
+
+    _, grads = fg.value_and_grad(fun, estimator)(params, key=KEYS[0])
+    right = jax.grad(lambda p: fun(p).total())(params)
+    np.testing.assert_allclose(grads["last"], right["last"], atol=1e-5)
+
+
+@jax.custom_vjp
+def product_without_a_gradient(x, w):
+    return x @ w
+
+
+product_without_a_gradient.defvjp(
+    lambda x, w: (x @ w, w), lambda w, error: (error @ w.T, jnp.zeros_like(w))
+)
+
+
+def test_a_layer_has_the_derivative_of_its_own_rule():
+    params = PROGRAMS["custom jvp"].params
+
+    def fun(p):
+        z = product_without_a_gradient(jnp.tanh(X @ p["w"]), p["v"])
+        return squares(jnp.tanh(z) @ p["last"])
+
+    _, grads = fg.value_and_grad(fun, fg.ActivityPerturbation())(params, key=KEYS[0])
+    assert not np.any(grads["v"])
+
+
+@pytest.mark.parametrize(
+    "estimator", [fg.ActivityPerturbation(tangents=3, chunk=2), *RANDOM.values(), FEEDBACK["dfa"]]
+)
+def test_no_examples(estimator):
+    params = PROGRAMS["custom jvp"].params
+    losses = (
+        lambda p: fg.Losses(  # noqa: E731
+            [jnp.sum((jnp.tanh(X[:0] @ p["w"]) @ p["last"]) ** 2, axis=1)], [("example",)]
+        )
+    )
+    _, grads = fg.value_and_grad(losses, estimator)(params, key=KEYS[0])
+    assert not any(np.any(g) for g in grads.values())

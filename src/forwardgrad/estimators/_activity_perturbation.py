@@ -98,7 +98,7 @@ class ActivityPerturbation(AbstractEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value and a forward gradient."""
         assert key is not None
-        program = Program(fun, params)
+        program = Program(fun, params, twice=True)
         check_one_by_one(program, "ActivityPerturbation")
         grads = [jnp.zeros_like(leaf) for leaf in program.leaves]
         base = portable(key)

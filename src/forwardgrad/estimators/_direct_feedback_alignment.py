@@ -137,14 +137,19 @@ class DirectFeedbackAlignment(AbstractEstimator):
         check_one_by_one(program, "DirectFeedbackAlignment")
         outputs = _outputs(program)
         # What goes into a layer is cut off from what it comes from: see `ActivityPerturbation`.
-        (value, _), pullback, (errors, inputs, aux) = jax.vjp(
-            lambda leaves: _forward(program, leaves, outputs), program.leaves, has_aux=True
+        (value, at_inputs), pullback, (inputs, aux) = jax.vjp(
+            lambda leaves, shifts: _forward(program, leaves, outputs, shifts),
+            program.leaves,
+            _no_shifts(program, outputs),
+            has_aux=True,
         )
+        last, errors = pullback((jnp.ones_like(value), jax.tree.map(jnp.zeros_like, at_inputs)))
         ways = [_ways(program, outputs, x) for x in inputs]
         gradients = [
             self._feedback(x, of_x, errors, state) for x, of_x in zip(inputs, ways, strict=True)
         ]
-        (grads,) = pullback((jnp.ones_like(value), gradients))
+        hidden, _ = pullback((jnp.zeros_like(value), gradients))
+        grads = jax.tree.map(jnp.add, last, hidden)
         value, aux, grads = not_differentiable((value, aux, grads), "DirectFeedbackAlignment")
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
 
@@ -152,7 +157,8 @@ class DirectFeedbackAlignment(AbstractEstimator):
         """The shapes of the feedback matrices by their numbers."""
         outputs = _outputs(program)
         inputs = jax.eval_shape(
-            lambda leaves: _forward(program, leaves, outputs)[1][1], program.leaves
+            lambda leaves: _forward(program, leaves, outputs, _no_shifts(program, outputs))[1][0],
+            program.leaves,
         )
         ways = [way for x in inputs for way in _ways(program, outputs, x)]
         return {way.number: (way.entries, way.units) for way in ways}
@@ -164,7 +170,7 @@ class DirectFeedbackAlignment(AbstractEstimator):
         self, x: Activation, ways: Sequence[_Way], errors: Sequence[Array], state: Feedback | None
     ) -> Array:
         """The errors times random matrices, in the shape of a layer's input."""
-        total: Any = 0.0
+        total: Any = jnp.zeros_like(x.value)
         for way in ways:
             shape = (way.entries, way.units)
             signs = self._matrix(way.number, shape) if state is None else state.arrays[way.number]
@@ -201,38 +207,43 @@ def _outputs(program: Program) -> list[Any]:
     return outputs
 
 
-def _forward(program: Program, leaves: list[Array], outputs: Sequence[Any]):
-    """Value and layers' inputs, and what is not to be differentiated.
+def _no_shifts(program: Program, outputs: Sequence[Any]) -> list[Array]:
+    """Zeros in the shapes of the output layers, the loops around them first."""
+    loops = [program.plan.outputs[v].loops for v in outputs]
+    return [
+        jnp.zeros((*own, *v.aval.shape), v.aval.dtype)
+        for own, v in zip(loops, outputs, strict=True)
+    ]
 
-    The latter are the value's derivatives by the output layers, what is known of the inputs, and
-    the auxiliary data.
+
+def _forward(
+    program: Program, leaves: list[Array], outputs: Sequence[Any], shifts: Sequence[Array]
+):
+    """Value and layers' inputs; what is known of the inputs, and the auxiliary data.
+
+    The value's derivatives by `shifts`, which are zeros, are the errors of the output layers.
     """
     numbers = {program.plan.outputs[v].number: i for i, v in enumerate(outputs)}
     reached = frozenset().union(*[program.plan.terms(v) for v in outputs])
 
-    def moved(shifts):
-        def shift(a):
-            if a.site.number not in numbers:
-                return a.value
-            return a.value + at_iterations(shifts[numbers[a.site.number]], a.site)
+    def shift(a):
+        if a.site.number not in numbers:
+            return a.value
+        return a.value + at_iterations(shifts[numbers[a.site.number]], a.site)
 
-        hooks = Hooks(
-            activation=shift,
-            layer_input=lambda x: jax.lax.stop_gradient(x.value) if x.terms & reached else x.value,
-        )
-        terms, aux, noted = program.with_hooks(leaves, hooks)
-        return program.losses(terms).total(), (aux, [x for x in noted.inputs if x.terms & reached])
-
-    shapes = [(*program.plan.outputs[v].loops, *v.aval.shape) for v in outputs]
-    shifts = [jnp.zeros(s, v.aval.dtype) for s, v in zip(shapes, outputs, strict=True)]
-    (value, (aux, noted)), errors = jax.value_and_grad(moved, has_aux=True)(shifts)
-    return (value, [x.value for x in noted]), (errors, noted, aux)
+    hooks = Hooks(
+        activation=shift,
+        layer_input=lambda x: jax.lax.stop_gradient(x.value) if x.terms & reached else x.value,
+    )
+    terms, aux, noted = program.with_hooks(leaves, hooks)
+    inputs = [x for x in noted.inputs if x.terms & reached]
+    return (program.losses(terms).total(), [x.value for x in inputs]), (inputs, aux)
 
 
 def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]:
     """How errors come to a layer's input, one way from each output that it changes."""
     found = []
-    for o, v in enumerate(outputs):
+    for o, v in enumerate(outputs if x.value.size else ()):
         if not x.terms & program.plan.terms(v):
             continue
         assert x.variable is not None

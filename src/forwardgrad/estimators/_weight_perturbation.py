@@ -135,7 +135,7 @@ class WeightPerturbation(AbstractEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value and a forward gradient."""
         assert key is not None
-        program = Program(fun, params)
+        program = Program(fun, params, twice=self.exact_last)
         # A stricter setting is for the caller's function, which is traced by now.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return self._estimate(program, key)

@@ -61,6 +61,7 @@ class Program:
         data. Its attribute `given`, if it has one, holds arrays that it closes over which are data.
     - `params`: that pytree.
     - `forward`: whether forward mode is to go through it.
+    - `twice`: whether reverse mode is then to go through the derivative.
     """
 
     def __init__(self, fun: Callable[[Any], tuple[Any, Any]], params: Any, *, forward: bool = True):
@@ -75,7 +76,7 @@ class Program:
             structure.append((losses_treedef, aux_treedef, static))
             return terms, aux_leaves
 
-        self._closed = inline(trace(flat, self.leaves), forward)
+        self._closed = inline(trace(flat, self.leaves), forward, twice=twice)
         self._losses_treedef, self._aux_treedef, self._static_aux = structure[-1]
         self._given = getattr(fun, "given", ())
         self._towards: dict[Var, dict[Var, Places]] = {}

@@ -74,7 +74,9 @@ def is_inexact(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x) if dtype is None else dtype, jnp.inexact)
 
 
-def inline(closed: ClosedJaxpr, forward: bool, pure: bool = False) -> ClosedJaxpr:
+def inline(
+    closed: ClosedJaxpr, forward: bool, *, twice: bool = False, pure: bool = False
+) -> ClosedJaxpr:
     """A copy of a program, with all programs inlined that only wrap others.
 
     **Arguments:**
@@ -82,9 +84,10 @@ def inline(closed: ClosedJaxpr, forward: bool, pure: bool = False) -> ClosedJaxp
     - `closed`: the program.
     - `forward`: whether forward mode is to go through it, which needs another form of functions
         that have only a reverse rule.
+    - `twice`: whether reverse mode is then to go through the derivative.
     - `pure`: leave out what is done for its effect alone, such as callbacks without a result.
     """
-    level = _Level(forward, pure)
+    level = _Level(forward, twice, pure)
     invars = [_fresh(v) for v in closed.jaxpr.invars]
     outs = level.run(closed, invars)
     effects = frozenset().union(*(eqn.effects for eqn in level.eqns))
@@ -99,8 +102,8 @@ def _fresh(v: Var) -> Var:
 class _Level:
     """The equations of one program while they are collected, and its constants."""
 
-    def __init__(self, forward: bool, pure: bool):
-        self.forward, self.pure = forward, pure
+    def __init__(self, forward: bool, twice: bool, pure: bool):
+        self.forward, self.twice, self.pure = forward, twice, pure
         self.eqns: list[JaxprEqn] = []
         self.consts: dict[Var, Any] = {}
 
@@ -130,6 +133,8 @@ class _Level:
             return self.run(inner[0], args)
         if name == CUSTOM_VJP and self.forward:
             return self.run(pushed_forward(eqn), args)
+        if name == CUSTOM_JVP and self.twice:
+            eqn = differentiable_again(eqn)
         outvars = [_fresh(v) for v in eqn.outvars]
         params, effects = eqn.params, eqn.effects
         if inner and name not in (CUSTOM_JVP, CUSTOM_VJP):
@@ -142,13 +147,16 @@ class _Level:
         )
         return outvars
 
+    def _inlined(self, program: ClosedJaxpr) -> ClosedJaxpr:
+        return inline(program, self.forward, twice=self.twice, pure=self.pure)
+
     def _inside(self, param: Any) -> Any:
         if isinstance(param, tuple | list):
             return type(param)(map(self._inside, param)) if type(param) in (tuple, list) else param
         if isinstance(param, ClosedJaxpr):
-            return inline(param, self.forward, self.pure)
+            return self._inlined(param)
         if isinstance(param, Jaxpr):
-            inlined = inline(ClosedJaxpr(param, ()), self.forward, self.pure)
+            inlined = self._inlined(ClosedJaxpr(param, ()))
             return param if inlined.consts else inlined.jaxpr
         return param
 
@@ -197,12 +205,58 @@ def pushed_forward(eqn: JaxprEqn) -> ClosedJaxpr:
             jnp.asarray(t) for p, t in zip(primals, tangents, strict=True) if is_inexact(p)
         )
         (changes,) = transposed(moved)
-        rest = iter(changes)
-        return tuple(outs), tuple(
-            next(rest) if is_inexact(out) else no_tangent(out) for out in outs
-        )
+        moved = with_none_for_integers(changes, outs)
+        return _known(call, tuple(outs), primals), tuple(moved)
 
     return jax.make_jaxpr(call)(*[v.aval for v in eqn.invars])
+
+
+def differentiable_again(eqn: JaxprEqn) -> JaxprEqn:
+    """A function with a forward rule, which it keeps when its derivative is differentiated.
+
+    A rule also computes the function's value, and need not do it by the function: `floor(x), dx`.
+    What is differentiated by weights after it was by a perturbation would miss the rule.
+    """
+
+    @jax.custom_jvp
+    def call(*args):
+        return tuple(evaluate(eqn, args))
+
+    @call.defjvp
+    def rule(primals, tangents):
+        moving = [i for i, p in enumerate(primals) if is_inexact(p)]
+
+        def of_moving(*values):
+            full = list(primals)
+            for i, value in zip(moving, values, strict=True):
+                full[i] = value
+            return tuple(evaluate(eqn, full))
+
+        own = tuple(jnp.asarray(tangents[i]) for i in moving)
+        outs, moved = jax.jvp(of_moving, tuple(primals[i] for i in moving), own)
+        return _known(call, outs, primals), moved
+
+    try:
+        (again,) = jax.make_jaxpr(call)(*[v.aval for v in eqn.invars]).jaxpr.eqns
+    except NameError:  # a name of a mesh's axis, in a `shard_map`
+        return eqn
+    return again
+
+
+def _known(fun: Callable, outs: Any, args: Any) -> Any:
+    """`outs`, known to be `fun(*args)`, with the derivative of this."""
+
+    @jax.custom_jvp
+    def known(outs, args):
+        del args
+        return outs
+
+    @known.defjvp
+    def rule(primals, tangents):
+        outs, args = primals
+        return _known(fun, outs, args), jax.jvp(fun, tuple(args), tuple(tangents[1]))[1]
+
+    return known(outs, args)
 
 
 def with_none_for_integers(tangents: Sequence[Array], outs: Sequence[Array]) -> list[Any]:
