@@ -679,7 +679,7 @@ fft units; fft tokens; cholesky; triangular; conv one; conv three
 conv by channel; conv tokens first; max pool; pool units; odd reducer; product over tokens
 log sum exp; sliced and joined; joined units; padded; padded inside; dynamic; updated
 split; outer; stacked; stacked last; set at; unstacked; tiled tokens; tiled in front
-subtracted at; greatest at  barrier; rng; checkpoint; vmapped; mapped
+subtracted at; greatest at; barrier; rng; checkpoint; vmapped; mapped
 mapped twice; associative; causal; layers in a loop; moving layers; over time
 layers over examples; examples over layers; while loop; branches; branches for each example
 custom jvp; custom jvp that does not; custom vjp; custom vjp that mixes; custom jvp of one
