@@ -376,10 +376,10 @@ def test_a_layer_has_the_derivative_of_its_own_rule():
 )
 def test_no_examples(estimator):
     params = PROGRAMS["custom jvp"].params
-    losses = (
-        lambda p: fg.Losses(  # noqa: E731
-            [jnp.sum((jnp.tanh(X[:0] @ p["w"]) @ p["last"]) ** 2, axis=1)], [("example",)]
-        )
-    )
+
+    def losses(p):
+        out = jnp.tanh(X[:0] @ p["w"]) @ p["last"]
+        return fg.Losses([jnp.sum(out**2, axis=1)], [("example",)])
+
     _, grads = fg.value_and_grad(losses, estimator)(params, key=KEYS[0])
     assert not any(np.any(g) for g in grads.values())

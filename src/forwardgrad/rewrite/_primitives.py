@@ -9,11 +9,12 @@ ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     bitcast_convert_type cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh
-    digamma div eq erf erf_inv erfc exp exp2 expm1 floor forwardgrad_mark forwardgrad_transparent ge
-    gt igamma igamma_grad_a igammac imag integer_pow is_finite layout_constraint le lgamma log log1p logistic lt max
-    min mul name ne neg nextafter not or polygamma pow pvary real reduce_precision
-    regularized_incomplete_beta rem reshard round rsqrt select_n sharding_constraint sign sin sinh
-    sqrt square stop_gradient sub tan tanh xor zeta
+    digamma div eq erf erf_inv erfc exp exp2 expm1 floor forwardgrad_mark
+    forwardgrad_transparent ge gt igamma igamma_grad_a igammac imag integer_pow is_finite
+    layout_constraint le lgamma log log1p logistic lt max min mul name ne neg nextafter not or
+    polygamma pow pvary real reduce_precision regularized_incomplete_beta rem reshard round
+    rsqrt select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    zeta
     """.split()  # noqa: SIM905
 )
 """An output's entry depends on the inputs' entries at the same place, or on scalars."""

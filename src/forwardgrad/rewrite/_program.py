@@ -64,7 +64,14 @@ class Program:
     - `twice`: whether reverse mode is then to go through the derivative.
     """
 
-    def __init__(self, fun: Callable[[Any], tuple[Any, Any]], params: Any, *, forward: bool = True):
+    def __init__(
+        self,
+        fun: Callable[[Any], tuple[Any, Any]],
+        params: Any,
+        *,
+        forward: bool = True,
+        twice: bool = False,
+    ):
         self.leaves, self.treedef = jax.tree.flatten(params)
         structure = []
 
