@@ -1,6 +1,8 @@
 """Train neural networks in JAX without backpropagation."""
 
+import importlib
 import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
 from forwardgrad._diagnose import diagnose as diagnose
 from forwardgrad._diagnosis import Diagnosis as Diagnosis
@@ -8,9 +10,13 @@ from forwardgrad._diagnosis import DiagnosisRow as DiagnosisRow
 from forwardgrad._errors import InputError as InputError
 from forwardgrad._explain import Explanation as Explanation
 from forwardgrad._explain import explain as explain
+from forwardgrad._estimation import Estimation as Estimation
+from forwardgrad._estimation import estimation as estimation
+from forwardgrad._filter_value_and_grad import filter_value_and_grad as filter_value_and_grad
 from forwardgrad._losses import Losses as Losses
 from forwardgrad._value_and_grad import value_and_grad as value_and_grad
 from forwardgrad.estimators import AbstractEstimator as AbstractEstimator
+from forwardgrad.estimators import AbstractStatefulEstimator as AbstractStatefulEstimator
 from forwardgrad.estimators import ActivityPerturbation as ActivityPerturbation
 from forwardgrad.estimators import Backpropagation as Backpropagation
 from forwardgrad.estimators import DirectFeedbackAlignment as DirectFeedbackAlignment
@@ -19,10 +25,14 @@ from forwardgrad.estimators import FeedbackAlignment as FeedbackAlignment
 from forwardgrad.estimators import WeightPerturbation as WeightPerturbation
 from forwardgrad.rewrite import activation as activation
 
+if TYPE_CHECKING:
+    from forwardgrad import nnx as nnx
+
 __version__ = importlib.metadata.version("forwardgrad")
 
 __all__ = [
     "AbstractEstimator",
+    "AbstractStatefulEstimator",
     "ActivityPerturbation",
     "Backpropagation",
     "Diagnosis",
@@ -30,6 +40,7 @@ __all__ = [
     "DirectFeedbackAlignment",
     "ExplainedParameter",
     "Explanation",
+    "Estimation",
     "FeedbackAlignment",
     "InputError",
     "Losses",
@@ -37,5 +48,14 @@ __all__ = [
     "activation",
     "diagnose",
     "explain",
+    "estimation",
+    "filter_value_and_grad",
     "value_and_grad",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Flax is no dependency, and takes a second to import.
+    if name == "nnx":
+        return importlib.import_module("forwardgrad.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

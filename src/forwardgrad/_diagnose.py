@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Key, PyTree
 from forwardgrad._diagnosis import Diagnosis
 from forwardgrad._errors import InputError
 from forwardgrad._moments import products_of_samples, row
-from forwardgrad._value_and_grad import checked_params, value_and_grad
+from forwardgrad._request import checked_params
+from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import AbstractEstimator, Backpropagation, WeightPerturbation
 from forwardgrad.estimators._base import Objective
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from forwardgrad._value_and_grad import as_objective, checked_params
+from forwardgrad._request import Request
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.estimators._credit import ExplainedParameter, explained
 
@@ -84,8 +84,8 @@ def explain(
         for i, value in zip(arrays, values, strict=True):
             full[i] = value
         params, args, kwargs = treedef.unflatten(full)
-        params = checked_params(params)
-        found.extend(explained(estimator, as_objective(fun, has_aux, args, kwargs), params))
+        found.extend(explained(estimator, *request.objective((params, *args), kwargs)))
 
+    request = Request(fun, estimator, 0, has_aux)
     jax.eval_shape(trace, [leaves[i] for i in arrays])
     return Explanation(repr(estimator), tuple(found))

@@ -6,6 +6,7 @@ from forwardgrad.estimators._activity_perturbation import (
 from forwardgrad.estimators._backpropagation import Backpropagation as Backpropagation
 from forwardgrad.estimators._base import AbstractEstimator as AbstractEstimator
 from forwardgrad.estimators._credit import ExplainedParameter as ExplainedParameter
+from forwardgrad.estimators._base import AbstractStatefulEstimator as AbstractStatefulEstimator
 from forwardgrad.estimators._direct_feedback_alignment import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )
@@ -14,6 +15,7 @@ from forwardgrad.estimators._weight_perturbation import WeightPerturbation as We
 
 __all__ = [
     "AbstractEstimator",
+    "AbstractStatefulEstimator",
     "ActivityPerturbation",
     "Backpropagation",
     "DirectFeedbackAlignment",

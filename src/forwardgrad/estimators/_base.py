@@ -43,3 +43,46 @@ class AbstractEstimator(eqx.Module):
 
         `((value, aux), grads)`, `grads` with the tree, shapes and dtypes of `params`.
         """
+
+
+class AbstractStatefulEstimator(AbstractEstimator):
+    """An estimator that remembers something from step to step.
+
+    It is given to [`forwardgrad.estimation`][], and to [`forwardgrad.value_and_grad`][] where it
+    can do without: its own `value_and_grad` is what it estimates with nothing remembered. What it
+    remembers is an argument and a result, any pytree of arrays.
+    """
+
+    @property
+    @abc.abstractmethod
+    def needs_state(self) -> bool:
+        """Whether it is of no use without what it remembers."""
+
+    @abc.abstractmethod
+    def init(self, fun: Objective, params: PyTree[Array]) -> PyTree:
+        """The state before the first step.
+
+        **Arguments:**
+
+        - `fun`, `params`: as for `value_and_grad`.
+        """
+
+    @abc.abstractmethod
+    def estimate(
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None, state: Any
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], PyTree]:
+        """The objective's value, its auxiliary data, a gradient, and the next step's state.
+
+        **Arguments:**
+
+        - `fun`, `params`, `key`: as for `value_and_grad`.
+        - `state`: what `init`, or the last step, returned.
+
+        **Returns:**
+
+        `((value, aux), grads, state)`, the state with the tree, shapes and dtypes that it had.
+
+        **Raises:**
+
+        `InputError` if the state is not one of this estimator and this function.
+        """

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._errors import InputError
-from forwardgrad.estimators._base import AbstractEstimator, Objective
+from forwardgrad.estimators._base import AbstractStatefulEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import feedback_key, rademacher
-from forwardgrad.estimators._feedback import Feedback, at_iterations
+from forwardgrad.estimators._feedback import Feedback, at_iterations, check
 from forwardgrad.estimators._steering import check_one_by_one, not_differentiable
-from forwardgrad.rewrite import Activation, Hooks, Part, Program, placed_like
+from forwardgrad.rewrite import MIXED, Activation, Hooks, Part, Program, placed_like
 
 
 class _Way(NamedTuple):
@@ -56,7 +56,7 @@ class _Way(NamedTuple):
         )
 
 
-class DirectFeedbackAlignment(AbstractEstimator):
+class DirectFeedbackAlignment(AbstractStatefulEstimator):
     r"""Direct feedback alignment (DFA): the output's error goes straight to every layer.
 
     With $e = \partial L / \partial y$ the error of the output layer, the input $x$ of every later
@@ -110,6 +110,11 @@ class DirectFeedbackAlignment(AbstractEstimator):
         """False."""
         return False
 
+    @property
+    def needs_state(self) -> bool:
+        """False."""
+        return False
+
     def value_and_grad(
         self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
@@ -120,15 +125,16 @@ class DirectFeedbackAlignment(AbstractEstimator):
     def init(self, fun: Objective, params: PyTree[Array]) -> Feedback:
         """The feedback matrices, for each layer's input one from each output layer."""
         program = Program(fun, params, forward=False)
-        return Feedback({n: self._matrix(n, shape) for n, shape in self._shapes(program).items()})
+        arrays = {n: self._matrix(n, shape) for n, shape in self._shapes(program).items()}
+        return Feedback(arrays, repr(self))
 
     def estimate(
-        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None, state: Feedback
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None, state: Any
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], Feedback]:
         """The same by the feedback matrices in `state`, which stay as they are."""
         del key
         program = Program(fun, params, forward=False)
-        state.check(self._shapes(program), self)
+        check(state, self, self._shapes(program))
         return (*self._estimate(program, state), state)
 
     def _estimate(
@@ -226,6 +232,9 @@ def _forward(
     numbers = {program.plan.outputs[v].number: i for i, v in enumerate(outputs)}
     reached = frozenset().union(*[program.plan.terms(v) for v in outputs])
 
+    def gets_feedback(x):
+        return bool(x.terms & reached) and not _is_statistic(program, x)
+
     def shift(a):
         if a.site.number not in numbers:
             return a.value
@@ -233,11 +242,27 @@ def _forward(
 
     hooks = Hooks(
         activation=shift,
-        layer_input=lambda x: jax.lax.stop_gradient(x.value) if x.terms & reached else x.value,
+        layer_input=lambda x: jax.lax.stop_gradient(x.value) if gets_feedback(x) else x.value,
     )
     terms, aux, noted = program.with_hooks(leaves, hooks)
-    inputs = [x for x in noted.inputs if x.terms & reached]
+    inputs = [x for x in noted.inputs if gets_feedback(x)]
     return (program.losses(terms).total(), [x.value for x in inputs]), (inputs, aux)
+
+
+def _is_statistic(program: Program, x: Activation) -> bool:
+    """Whether a layer's input is one for all examples, which a normalisation's scale multiplies.
+
+    It has no error of its own, and belongs to what is differentiated as usual.
+    """
+    shared = [p == MIXED for (_, name), p in x.places if name == "example"]
+    return (
+        all(shared)
+        and bool(shared)
+        and not any(
+            layer.is_product and x.variable in [layer.eqn.invars[i] for i in layer.data]
+            for layer in program.plan.layers.values()
+        )
+    )
 
 
 def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._errors import InputError
-from forwardgrad.estimators._base import AbstractEstimator, Objective
+from forwardgrad.estimators._base import AbstractStatefulEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import draw, feedback_key
-from forwardgrad.estimators._feedback import Feedback, at_iterations
+from forwardgrad.estimators._feedback import Feedback, at_iterations, check
 from forwardgrad.estimators._steering import check_one_by_one
 from forwardgrad.rewrite import (
     SENT_BACK,
@@ -28,7 +28,7 @@ from forwardgrad.rewrite import (
 )
 
 
-class FeedbackAlignment(AbstractEstimator):
+class FeedbackAlignment(AbstractStatefulEstimator):
     r"""Feedback alignment (FA): errors come back through fixed random weights.
 
     In a layer $z = x W$ backpropagation sends the error $\delta$ of its output back to its input as
@@ -84,6 +84,11 @@ class FeedbackAlignment(AbstractEstimator):
         """False."""
         return False
 
+    @property
+    def needs_state(self) -> bool:
+        """False."""
+        return False
+
     def value_and_grad(
         self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
@@ -94,15 +99,16 @@ class FeedbackAlignment(AbstractEstimator):
     def init(self, fun: Objective, params: PyTree[Array]) -> Feedback:
         """The feedback weights, one for each product that errors come back through."""
         program = Program(fun, params, forward=False)
-        return Feedback({n: self._weights(layer) for n, layer in _products(program).items()})
+        arrays = {n: self._weights(layer) for n, layer in _products(program).items()}
+        return Feedback(arrays, repr(self))
 
     def estimate(
-        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None, state: Feedback
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None, state: Any
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], Feedback]:
         """The same by the feedback weights in `state`, which stay as they are."""
         del key
         program = Program(fun, params, forward=False)
-        state.check({n: _shape(layer) for n, layer in _products(program).items()}, self)
+        check(state, self, {n: _shape(layer) for n, layer in _products(program).items()})
         return (*self._estimate(program, state), state)
 
     def _estimate(
