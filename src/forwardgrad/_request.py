@@ -164,9 +164,9 @@ def _arrays(tree: PyTree, name: str) -> PyTree[Array]:
                 f"a {dtype} array" if dtype is not None else getattr(leaf, "__name__", repr(leaf))
             )
             raise InputError(
-                f"{name}{where} must be a floating-point array, got {what}; leave such leaves "
-                "out by forwardgrad.filter_value_and_grad, by the filter of a flax.nnx.DiffState, or "
-                "by equinox.partition(params, equinox.is_inexact_array)"
+                f"{name}{where} must be a floating-point array, got {what}; leave such "
+                "leaves out by forwardgrad.filter_value_and_grad, by equinox.partition(params, "
+                "equinox.is_inexact_array), or by the filter of a flax.nnx.DiffState"
             )
     return treedef.unflatten([jnp.asarray(leaf) for _, leaf in leaves])
 

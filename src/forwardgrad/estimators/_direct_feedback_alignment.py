@@ -254,15 +254,11 @@ def _is_statistic(program: Program, x: Activation) -> bool:
 
     It has no error of its own, and belongs to what is differentiated as usual.
     """
-    shared = [p == MIXED for (_, name), p in x.places if name == "example"]
-    return (
-        all(shared)
-        and bool(shared)
-        and not any(
-            layer.is_product and x.variable in [layer.eqn.invars[i] for i in layer.data]
-            for layer in program.plan.layers.values()
-        )
-    )
+    places = [place for (_, name), place in x.places if name == "example"]
+    if not places or any(place != MIXED for place in places):
+        return False
+    products = [layer for layer in program.plan.layers.values() if layer.is_product]
+    return all(x.variable not in [p.eqn.invars[i] for i in p.data] for p in products)
 
 
 def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]:

@@ -1,5 +1,6 @@
 """Backpropagation with other weights on the way back."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -143,7 +144,7 @@ class FeedbackAlignment(AbstractStatefulEstimator):
         scale = math.sqrt(self.gain / _fan_in(layer))
         key = site.key(feedback_key(self.seed))
         dtype = computed_in(aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-        return (scale * draw(key, aval.shape, "normal", dtype=dtype)).astype(dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        return _normal(key, aval.shape, scale, dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _weights(self, layer: Layer) -> Array:
         """The feedback weights of one layer in all iterations."""
@@ -160,6 +161,12 @@ class FeedbackAlignment(AbstractStatefulEstimator):
 def _(estimator: FeedbackAlignment, fun: Objective, params: PyTree) -> list[ExplainedParameter]:
     del estimator
     return by_layer(Program(fun, params, forward=False), params, "feedback")
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "scale", "dtype"))
+def _normal(key: Array, shape: tuple[int, ...], scale: float, dtype: Any) -> Array:
+    # Compiled, because a state drawn eagerly would differ in the last bit from one in a loop.
+    return (scale * draw(key, shape, "normal", dtype=dtype)).astype(dtype)
 
 
 def _products(program: Program) -> dict[int, Layer]:

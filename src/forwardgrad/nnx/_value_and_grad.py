@@ -165,10 +165,10 @@ def _check_shared(trees: Sequence[PyTree], chosen: Mapping[int, Any]) -> None:
                 here = selects is not None and (alone or selects(path, value))
                 first, there = seen.setdefault(id(value), (i, here))
                 if here != there:
+                    where = f" at {'/'.join(map(str, path))}" if path else ""
                     raise InputError(
-                        f"argnums must choose all or none of what arguments share: arguments {first} "
-                        f"and {i} share a {type(value).__name__}"
-                        f"{' at ' + '/'.join(map(str, path)) if path else ''}, which is to be "
+                        "argnums must choose all or none of what arguments share: arguments "
+                        f"{first} and {i} share a {type(value).__name__}{where}, which is to be "
                         "differentiated in one of them alone; pass it once, or a copy by "
                         "flax.nnx.clone"
                     )
