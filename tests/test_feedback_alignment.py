@@ -178,3 +178,28 @@ def test_local_losses_send_their_errors_to_their_own_blocks():
     for block, expected in zip(grads.blocks, exact.blocks, strict=True):
         assert np.any(block.channel_weight != 0)
         assert not np.allclose(block.channel_weight, expected.channel_weight, rtol=1e-2)
+
+
+def test_batch_normalisation_is_differentiated_as_usual():
+    """DFA sends errors to products; the scale of a normalisation over the batch is none."""
+    (x, y), w = data(0), weights(0)
+    w = {**w, "scale": jnp.linspace(0.5, 2.0, HIDDEN)}
+
+    def hidden(w):
+        z = x @ w["first"]
+        scale = jax.lax.rsqrt(jnp.var(z, axis=0, keepdims=True) + 1e-5) * w["scale"]
+        return jnp.tanh((z - jnp.mean(z, axis=0)) * scale + w["bias"])
+
+    def fun(w):
+        out = hidden(w) @ w["last"]
+        return fg.Losses([0.5 * jnp.sum((out - y) ** 2, axis=1)], [("example",)])
+
+    estimator = fg.DirectFeedbackAlignment()
+    (feedback,) = fg.estimation(fun, estimator).init(w).arrays.values()
+    h, pullback = jax.vjp(hidden, w)
+    error = h @ w["last"] - y
+    (expected,) = pullback(error @ feedback.T * np.sqrt(2.0 / HIDDEN))
+    _, grads = fg.value_and_grad(fun, estimator)(w)
+    np.testing.assert_allclose(grads["last"], h.T @ error, rtol=1e-4, atol=1e-5)
+    for name in ("first", "bias", "scale"):
+        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-4, atol=1e-5)

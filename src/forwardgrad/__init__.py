@@ -8,10 +8,10 @@ from forwardgrad._diagnose import diagnose as diagnose
 from forwardgrad._diagnosis import Diagnosis as Diagnosis
 from forwardgrad._diagnosis import DiagnosisRow as DiagnosisRow
 from forwardgrad._errors import InputError as InputError
-from forwardgrad._explain import Explanation as Explanation
-from forwardgrad._explain import explain as explain
 from forwardgrad._estimation import Estimation as Estimation
 from forwardgrad._estimation import estimation as estimation
+from forwardgrad._explain import Explanation as Explanation
+from forwardgrad._explain import explain as explain
 from forwardgrad._filter_value_and_grad import filter_value_and_grad as filter_value_and_grad
 from forwardgrad._losses import Losses as Losses
 from forwardgrad._value_and_grad import value_and_grad as value_and_grad
@@ -38,17 +38,17 @@ __all__ = [
     "Diagnosis",
     "DiagnosisRow",
     "DirectFeedbackAlignment",
+    "Estimation",
     "ExplainedParameter",
     "Explanation",
-    "Estimation",
     "FeedbackAlignment",
     "InputError",
     "Losses",
     "WeightPerturbation",
     "activation",
     "diagnose",
-    "explain",
     "estimation",
+    "explain",
     "filter_value_and_grad",
     "value_and_grad",
 ]

@@ -29,8 +29,8 @@ def filter_value_and_grad(
 
     - `fun`: a function `fun(model, *args, **kwargs)` that returns a real scalar, or
         [`forwardgrad.Losses`][] that add up to one, or with `has_aux` a pair of either and anything
-        else. `model` is any pytree; the leaves that are no floating-point arrays, such as functions,
-        integers and flags, are passed on as they are.
+        else. `model` is any pytree; the leaves that are no floating-point arrays, such as
+        functions, integers and flags, are passed on as they are.
     - `estimator`, `argnums`, `has_aux`: as for [`forwardgrad.value_and_grad`][].
 
     **Returns:**

@@ -5,8 +5,8 @@ from forwardgrad.estimators._activity_perturbation import (
 )
 from forwardgrad.estimators._backpropagation import Backpropagation as Backpropagation
 from forwardgrad.estimators._base import AbstractEstimator as AbstractEstimator
-from forwardgrad.estimators._credit import ExplainedParameter as ExplainedParameter
 from forwardgrad.estimators._base import AbstractStatefulEstimator as AbstractStatefulEstimator
+from forwardgrad.estimators._credit import ExplainedParameter as ExplainedParameter
 from forwardgrad.estimators._direct_feedback_alignment import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )
