@@ -227,7 +227,7 @@ def test_filtered_refuses(key):
     with fails("params holds no arrays"):
         fg.filter_value_and_grad(lambda m: 0.0, EXACT)({"n": 3, "f": jnp.sin})
     with fails("argument called `key`"):
-        fg.filter_value_and_grad(lambda model, key: 0.0, EXACT)
+        fg.filter_value_and_grad(lambda model, key=None: 0.0, EXACT)
     with fails("pair", "has_aux"):
         fg.filter_value_and_grad(model_loss, EXACT, has_aux=True)(Model(key), X)
 
@@ -442,7 +442,7 @@ def test_nnx_refuses(key):
     with fails("argnums must be an integer or a sequence of different"):
         fg.nnx.value_and_grad(net_losses, EXACT, argnums=(0, nnx.DiffState(0, nnx.Param)))
     with fails("argument called `key`"):
-        fg.nnx.value_and_grad(lambda net, key: 0.0, EXACT)
+        fg.nnx.value_and_grad(lambda net, key=None: 0.0, EXACT)
     with fails("pair", "has_aux"):
         fg.nnx.value_and_grad(net_losses, EXACT, has_aux=True)(Net(), X)
 
@@ -657,6 +657,6 @@ def test_estimation_refuses(key):
     with fails("estimator must be"):
         fg.estimation(three, "fa")
     with fails("argument called `key`"):
-        fg.estimation(lambda w, key: 0.0, FG_W)
+        fg.estimation(lambda w, *, key: 0.0, FG_W)
     with fails("needs an output layer|a loss for every example"):
         fg.estimation(three, FEEDBACK[1]).init(A, X, B)

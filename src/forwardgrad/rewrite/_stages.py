@@ -110,11 +110,15 @@ def after(results: Any, arrays: Sequence[jax.Array]) -> list[jax.Array]:
     It adds a zero that is computed from them. An `optimization_barrier` is gone when XLA decides
     what to do first.
     """
-    leaves = [leaf for leaf in jax.tree.leaves(results) if leaf.size]
+    leaves = [leaf for leaf in jax.tree.leaves(results) if leaf.size and _is_number(leaf)]
     if not leaves:
         return list(arrays)
     one_of_each = sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves)
     bits = jax.lax.bitcast_convert_type(one_of_each, jnp.int32)
     zero = jnp.minimum(jnp.maximum(bits, 0), 0)
-    numbers = [jnp.issubdtype(a.dtype, jnp.number) for a in arrays]
-    return [a + zero.astype(a.dtype) if n else a for a, n in zip(arrays, numbers, strict=True)]
+    return [a + zero.astype(a.dtype) if _is_number(a) else a for a in arrays]
+
+
+def _is_number(array: Any) -> bool:
+    """Whether an array can be added to, which random keys and truth values cannot."""
+    return jnp.issubdtype(array.dtype, jnp.number)
