@@ -24,7 +24,8 @@ class Request:
 
     **Raises:**
 
-    `InputError` if one of them is not what it has to be, or `fun` has an optional argument called `key`.
+    `InputError` if one of them is not what it has to be, or `fun` has an optional argument called
+    `key`.
     """
 
     fun: Callable[..., Any]
