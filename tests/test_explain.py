@@ -38,10 +38,10 @@ def test_weight_perturbation():
         "last": "exact",
         "unused": "none",
     }
-    assert found["first"].built == ()
-    assert len(found["scale"].built) == 1
-    assert found["scale"].built[0].startswith("mul at ")
-    assert "test_explain.py" in found["scale"].built[0]
+    assert found["first"].where == ()
+    assert len(found["scale"].where) == 1
+    assert found["scale"].where[0].startswith("mul at ")
+    assert "test_explain.py" in found["scale"].where[0]
     assert found["first"].terms == (0,)
     assert found["unused"].terms == ()
 

@@ -60,7 +60,7 @@ def test_derivatives_along_the_tangents(case, estimator):
 def test_an_adapter_is_perturbed_by_its_own_factors():
     make, w = WEIGHTS["adapter"]
     rows = fg.explain(lambda w: jnp.sum(X @ make(w)), fg.WeightPerturbation(), w).rows
-    assert [(row.path, row.how, row.built) for row in rows] == [
+    assert [(row.path, row.how, row.where) for row in rows] == [
         ("['A']", "rank-one", ()),
         ("['B']", "rank-one", ()),
     ]

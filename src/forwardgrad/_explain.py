@@ -27,7 +27,7 @@ class Explanation:
         lines: list[tuple[str, ...]] = [heads]
         for row in self.rows:
             terms = ", ".join(map(str, row.terms))
-            first, *others = row.built or ("",)
+            first, *others = row.where or ("",)
             more = f" and {len(others)} more" if others else ""
             shape = "x".join(map(str, row.shape)) or "scalar"
             lines.append((row.path, shape, row.how, "; ".join(row.axes), terms, first + more))

@@ -23,7 +23,7 @@ class ExplainedParameter:
     - `how`: `"rank-one"` or `"dense"`, a tangent of its own; `"activation"`, a perturbation of what
         its layer computes; `"feedback"`, errors that come by random weights; `"exact"`; or
         `"none"`, if no loss depends on it.
-    - `built`: where its tangent has to be built as an array: primitive, file, line.
+    - `where`: where its tangent has to be built as an array: primitive, file, line.
     - `terms`: the terms of the losses that it can change, by their positions.
     - `axes`: of what its layer computes, where each axis of the losses is: `"example: axis 0"`, or
         `"mixed"` where each of these losses depends on every entry.
@@ -32,7 +32,7 @@ class ExplainedParameter:
     path: str
     shape: tuple[int, ...]
     how: str
-    built: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
     terms: tuple[int, ...] = ()
     axes: tuple[str, ...] = ()
 

@@ -238,7 +238,7 @@ def _(estimator: WeightPerturbation, fun: Objective, params: PyTree) -> list[Exp
     built = program.built(layouts)
     rows = of_parameters(program, params, how)
     return [
-        dataclasses.replace(row, built=tuple(built.get(i, ()))) if row.how == how[i] else row
+        dataclasses.replace(row, where=tuple(built.get(i, ()))) if row.how == how[i] else row
         for i, row in enumerate(rows)
     ]
 

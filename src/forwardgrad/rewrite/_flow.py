@@ -27,6 +27,9 @@ from forwardgrad.rewrite._trace import evaluate, inline, is_inexact, kind_of_rul
 
 V = TypeVar("V")
 
+DEEPEST = 8
+"""Rules that call functions with rules are followed so far: one may call its own function."""
+
 
 class Backward(abc.ABC, Generic[V]):
     """What is known of every variable, `found`, by what is known of a program's outputs.
@@ -37,6 +40,7 @@ class Backward(abc.ABC, Generic[V]):
 
     def __init__(self):
         self.found: dict[Var, V] = {}
+        self._depth = 0
 
     @abc.abstractmethod
     def join(self, a: V, b: V) -> V:
@@ -121,13 +125,14 @@ class Backward(abc.ABC, Generic[V]):
 
     def run_rule(self, eqn: JaxprEqn, outs: Sequence[V | None]) -> Sequence[V | None]:
         """The inputs of a function with a `custom_jvp`, by its rule."""
-        try:
-            rule = tangent_program(eqn)
-        except NameError:  # a name of a mesh's axis, in a `shard_map`
+        if self._depth == DEEPEST:
             return self.opaque(eqn, outs)
+        self._depth += 1
+        rule = tangent_program(eqn)
         floats = [v for v, atom in zip(outs, eqn.outvars, strict=True) if is_inexact(atom)]
         linear = _linear(rule.jaxpr, len(eqn.invars))
         ins = iter(self.run(linear, [*[None] * len(outs), *floats])[len(eqn.invars) :])
+        self._depth -= 1
         return [next(ins) if is_inexact(atom) else None for atom in eqn.invars]
 
     def _joined(self, values: Sequence[V | None]) -> V | None:

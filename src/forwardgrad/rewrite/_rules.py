@@ -17,19 +17,21 @@ from forwardgrad.rewrite._walk import Value, Walk, rule
 
 
 @rule("dot_general")
-def _dot_general(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+def _dot_general(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
     if all(isinstance(v, Perturbed) for v in invals):
         of_both = _two_weights(walk, eqn, *invals)
         if of_both is not None:
             return [of_both]
     side = _weight_side(invals)
-    weight, x = invals[side], walk.array(invals[1 - side])
+    weight = invals[side]
     (contracting, batch) = eqn.params["dimension_numbers"]
+    summed = [n for i in contracting[side] for n in weight.axes[i]]
+    walk.record(contracted=summed, stacked=[n for i in batch[side] for n in weight.axes[i]])
+    if any(_is_full(f, {*summed}) for term in weight.terms if len(term) > 1 for f in term):
+        # A product with such a factor costs as much as one with the tangent, for each term.
+        return None
+    x = walk.array(invals[1 - side])
     x_labels, out_labels = _dot_labels(weight, x.ndim, contracting, batch, side)
-    walk.record(
-        contracted=[n for i in contracting[side] for n in weight.axes[i]],
-        stacked=[n for i in batch[side] for n in weight.axes[i]],
-    )
     out_shape = _out_shape(eqn)
     options = {
         "precision": eqn.params["precision"],
@@ -89,6 +91,11 @@ def _two_weights(walk: Walk, eqn: JaxprEqn, v: Perturbed, w: Perturbed) -> Pertu
     terms = [_merged(term, right, summed) for term in v.terms]
     terms += [_merged(term, left, summed) for term in renamed.terms]
     return Perturbed(value, axes, tuple(terms))
+
+
+def _is_full(f: Factor, summed: set[Label]) -> bool:
+    """Whether a factor spans axes that a product sums over, and others."""
+    return bool(summed & {*f.labels}) and bool({*f.labels} - summed - {RANK})
 
 
 def _sizes(w: Perturbed) -> list[int]:
