@@ -125,10 +125,13 @@ class Backward(abc.ABC, Generic[V]):
 
     def run_rule(self, eqn: JaxprEqn, outs: Sequence[V | None]) -> Sequence[V | None]:
         """The inputs of a function with a `custom_jvp`, by its rule."""
-        if self._depth == DEEPEST:
+        try:
+            rule = tangent_program(eqn) if self._depth < DEEPEST else None
+        except NameError:  # a name of a mesh's axis, in a `shard_map`
+            rule = None
+        if rule is None:
             return self.opaque(eqn, outs)
         self._depth += 1
-        rule = tangent_program(eqn)
         floats = [v for v, atom in zip(outs, eqn.outvars, strict=True) if is_inexact(atom)]
         linear = _linear(rule.jaxpr, len(eqn.invars))
         ins = iter(self.run(linear, [*[None] * len(outs), *floats])[len(eqn.invars) :])
