@@ -233,7 +233,7 @@ def _forward(
     reached = frozenset().union(*[program.plan.terms(v) for v in outputs])
 
     def gets_feedback(x):
-        return bool(x.terms & reached) and not _is_statistic(program, x)
+        return x.moves and bool(x.terms & reached) and not _is_statistic(program, x)
 
     def shift(a):
         if a.site.number not in numbers:

@@ -34,7 +34,8 @@ class Activation(eqx.Module):
 
     `places` says for the axes of the losses that it can change
     where in it they are; `terms` are those losses. `mask` is None, or False where a ReLU has no
-    slope; `last` says that no layer comes between it and the losses; `line` is the user's, and
+    slope; `last` says that no layer comes between it and the losses; `moves` says
+    that it has a derivative by parameters; `line` is the user's, and
     `variable` what it is called in the program. `stacked`
     counts the loops whose iterations the arrays hold along their first axes.
     """
@@ -45,6 +46,7 @@ class Activation(eqx.Module):
     number: int = eqx.field(static=True)
     places: tuple[tuple[Any, Place], ...] = eqx.field(static=True, default=())
     last: bool = eqx.field(static=True, default=False)
+    moves: bool = eqx.field(static=True, default=True)
     line: str = eqx.field(static=True, default="")
     variable: Var | None = eqx.field(static=True, default=None)
     stacked: int = eqx.field(static=True, default=0)
@@ -146,7 +148,7 @@ class LayerWalk(AbstractWalk):
         eqn, arrays = layer.eqn, list(invals)
         if self._hooks.layer_input is not None:
             for i in layer.data:
-                if i != layer.merged and is_inexact(eqn.invars[i]) and layer.moves:
+                if i != layer.merged and is_inexact(eqn.invars[i]):
                     arrays[i] = self._input(eqn.invars[i], layer, i, arrays[i])
         if self._hooks.product is not None and any(self._plan.places(v) for v in eqn.outvars):
             return [self._hooks.product(layer, Site(layer.number, self._iterations), arrays)]
@@ -161,6 +163,7 @@ class LayerWalk(AbstractWalk):
                 None,
                 layer.first_input + position,
                 places=tuple(self._plan.places(atom).items()),
+                moves=layer.moves,
                 line=line_of(layer.eqn),
                 variable=atom,
             )

@@ -104,7 +104,7 @@ def _variables(atoms: Iterable[object]) -> list[Var]:
     return [atom for atom in atoms if isinstance(atom, Var)]
 
 
-def after(results: Any, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+def after(results: Any, arrays: Sequence[Any]) -> list[Any]:
     """`arrays`, but for XLA not to be had before `results`.
 
     It adds a zero that is computed from them. An `optimization_barrier` is gone when XLA decides
