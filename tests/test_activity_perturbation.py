@@ -123,7 +123,9 @@ def test_unbiased_where_a_loss_compares_examples(name, objective, estimator):
         labels = jnp.array([0, 1, 2, 0, 1, 2])
         return CONTRASTIVE[objective](eqx.combine(params, static), images, labels)[0]
 
-    random = assert_unbiased(fun, params, ESTIMATORS[estimator])
+    # The entries of a single layer's gradient are correlated: it takes more samples to tell.
+    keys = jax.random.split(KEYS[0], 3000) if name == "mlp" else KEYS
+    random = assert_unbiased(fun, params, ESTIMATORS[estimator], keys)
     assert random.any()
     # The readout is a last layer, and exact.
     *_, readout = jax.tree.leaves(params)

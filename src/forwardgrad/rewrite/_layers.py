@@ -40,7 +40,7 @@ class Activation(eqx.Module):
     counts the loops whose iterations the arrays hold along their first axes.
     """
 
-    value: jax.Array
+    value: Array
     iterations: tuple[jax.Array, ...]
     mask: jax.Array | None
     number: int = eqx.field(static=True)
@@ -206,7 +206,7 @@ def _named(places: Places, output: Output, shape: Sequence[int]) -> Places:
     return found
 
 
-def _mask(output: Output, z: jax.Array) -> jax.Array | None:
+def _mask(output: Output, z: Array) -> jax.Array | None:
     """Where the ReLU that alone uses an activation has a slope."""
     threshold = None if output.user is None else _threshold(output.user)
     return None if threshold is None else jax.lax.stop_gradient(z > threshold)
