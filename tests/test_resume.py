@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -104,7 +105,7 @@ def halfway(tmp_path, monkeypatch):
 
 def finish(out: Path, **settings) -> list[str]:
     """Resume the run, and return what it says."""
-    console = Console(record=True, width=1000, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=1000, quiet=False, file=io.StringIO())
     fit(small(out, resume=True, **settings), console=console)
     console.file.close()
     return console.export_text().splitlines()
