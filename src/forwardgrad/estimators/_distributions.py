@@ -28,10 +28,8 @@ def portable(key: Key[Array, ""]) -> Key[Array, ""]:
     return own
 
 
-FEEDBACK = (0x66656564, 0x6261636B)
-"""What feedback weights are drawn from besides their seed, so that no key of a user gives them:
-the letters of "feedback".
-"""
+FEEDBACK = (0x66776467, 0x72616421)
+"""What feedback weights are drawn from besides their seed, so that no key of a user gives them."""
 
 
 def feedback_key(seed: int) -> Key[Array, ""]:
