@@ -16,6 +16,7 @@ from forwardgrad.training import TrainConfig, fit, fit_readout, load_run
 from forwardgrad.training._readout import REGULARISATION
 
 SETTINGS = {
+    "seed": 1,
     "task": "contrastive",
     "network": "s/2/4",
     "algorithm": "lg-fg-a",
