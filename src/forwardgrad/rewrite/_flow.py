@@ -23,7 +23,7 @@ from forwardgrad.rewrite._primitives import (
     scan_counts,
     while_counts,
 )
-from forwardgrad.rewrite._trace import evaluate, inline, is_inexact, kind_of_rule, pushed_forward
+from forwardgrad.rewrite._trace import inline, is_inexact, kind_of_rule, of_moving, pushed_forward
 
 V = TypeVar("V")
 
@@ -183,14 +183,8 @@ def tangent_program(eqn: JaxprEqn) -> ClosedJaxpr:
     moving = [i for i, v in enumerate(eqn.invars) if is_inexact(v)]
 
     def rule(primals, tangents):
-        def of_moving(*values):
-            full = list(primals)
-            for i, value in zip(moving, values, strict=True):
-                full[i] = value
-            outs = evaluate(eqn, full)
-            return [out for out in outs if is_inexact(out)], outs
-
-        _, changes, outs = jax.jvp(of_moving, [primals[i] for i in moving], tangents, has_aux=True)
+        _, function = of_moving(eqn, primals)
+        _, changes, outs = jax.jvp(function, [primals[i] for i in moving], tangents, has_aux=True)
         return outs, changes
 
     return inline(jax.make_jaxpr(rule)(avals, [avals[i] for i in moving]), forward=True)

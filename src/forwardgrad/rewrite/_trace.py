@@ -67,6 +67,23 @@ def evaluate(eqn: JaxprEqn, invals: Sequence[Array]) -> list[jax.Array]:
     return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*variables.values())
 
 
+def of_moving(eqn: JaxprEqn, args: Sequence[Array]) -> tuple[list[int], Callable]:
+    """An equation as a function of the inputs that can have a derivative, after their positions.
+
+    It returns the outputs that can have one, and as auxiliary data all outputs.
+    """
+    moving = [i for i, arg in enumerate(args) if is_inexact(arg)]
+
+    def function(*values):
+        full = list(args)
+        for i, value in zip(moving, values, strict=True):
+            full[i] = value
+        outs = evaluate(eqn, full)
+        return [out for out in outs if is_inexact(out)], outs
+
+    return moving, function
+
+
 def is_inexact(x: Any) -> bool:
     """Whether an array, a variable or a type holds floating-point or complex numbers."""
     aval = getattr(x, "aval", None)
@@ -224,17 +241,10 @@ def differentiable_again(eqn: JaxprEqn) -> JaxprEqn:
 
     @call.defjvp
     def rule(primals, tangents):
-        moving = [i for i, p in enumerate(primals) if is_inexact(p)]
-
-        def of_moving(*values):
-            full = list(primals)
-            for i, value in zip(moving, values, strict=True):
-                full[i] = value
-            return tuple(evaluate(eqn, full))
-
-        own = tuple(jnp.asarray(tangents[i]) for i in moving)
-        outs, moved = jax.jvp(of_moving, tuple(primals[i] for i in moving), own)
-        return _known(call, outs, primals), moved
+        moving, function = of_moving(eqn, primals)
+        own = [jnp.asarray(tangents[i]) for i in moving]
+        _, moved, outs = jax.jvp(function, [primals[i] for i in moving], own, has_aux=True)
+        return _known(call, tuple(outs), primals), tuple(with_none_for_integers(moved, outs))
 
     try:
         (again,) = jax.make_jaxpr(call)(*[v.aval for v in eqn.invars]).jaxpr.eqns
@@ -272,16 +282,8 @@ def no_tangent(x: Array) -> Any:
 
 def _pulled_back(eqn: JaxprEqn, args: Sequence[Array]) -> tuple[Sequence[Array], Callable, Any]:
     """An equation's outputs, its reverse rule, and those outputs that have a derivative."""
-    moving = [i for i, arg in enumerate(args) if is_inexact(arg)]
-
-    def of_moving(*values):
-        full = list(args)
-        for i, value in zip(moving, values, strict=True):
-            full[i] = value
-        outs = evaluate(eqn, full)
-        return [out for out in outs if is_inexact(out)], outs
-
-    changing, pullback, outs = jax.vjp(of_moving, *[args[i] for i in moving], has_aux=True)
+    moving, function = of_moving(eqn, args)
+    changing, pullback, outs = jax.vjp(function, *[args[i] for i in moving], has_aux=True)
     return outs, pullback, changing
 
 
