@@ -102,6 +102,45 @@ def test_the_output_weights_do_not_matter_for_what_comes_back():
     assert np.all(gradients(fg.DirectFeedbackAlignment(), w, x, y)["first"])
 
 
+def test_direct_feedback_goes_past_scales():
+    """A normalisation's scale and bias send errors back entry by entry, for no matrix more."""
+    (x, y), w = data(0), {**weights(0), "scale": 1 + 0.1 * jnp.arange(HIDDEN, dtype=jnp.float32)}
+
+    def normalised(z):
+        return (z - jnp.mean(z, 1, keepdims=True)) * jax.lax.rsqrt(jnp.var(z, 1, keepdims=True))
+
+    def hidden(w):
+        return jnp.tanh(normalised(x @ w["first"]) * w["scale"] + w["bias"])
+
+    def fun(w):
+        error = hidden(w) @ w["last"] - y
+        return fg.Losses([0.5 * jnp.sum(error**2, axis=1)], [("example",)])
+
+    init, step = fg.estimation(fun, fg.DirectFeedbackAlignment())
+    state = init(w)
+    (signs,) = jax.tree.leaves(state)
+    _, grads, _ = step(w, state=state)
+    sent = np.sqrt(2 / HIDDEN) * (hidden(w) @ w["last"] - y) @ signs.T
+    (expected,) = jax.vjp(hidden, w)[1](sent)
+    for name in ("first", "scale", "bias"):
+        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_direct_feedback_reaches_a_network_of_scales_alone():
+    """Where no product comes after a scale, what it is multiplied with gets feedback."""
+    x = jax.random.normal(jax.random.key(0), (BATCH, HIDDEN))
+    w = {name: 1 + 0.1 * jnp.arange(HIDDEN, dtype=jnp.float32) for name in ("first", "last")}
+
+    def fun(w):
+        out = jnp.tanh(x * w["first"]) * w["last"]
+        return fg.Losses([0.5 * jnp.sum((out - 1) ** 2, axis=1)], [("example",)])
+
+    grads = fg.value_and_grad(fun, fg.DirectFeedbackAlignment())(w)[1]
+    exact = jax.grad(lambda w: fun(w).total())(w)
+    np.testing.assert_allclose(grads["last"], exact["last"], rtol=1e-5)
+    assert not np.any(np.isclose(grads["first"], exact["first"], rtol=0.01))
+
+
 def test_convolutions_have_feedback_too():
     x = jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
     w = {

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import ad
 from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._errors import InputError
@@ -14,7 +15,7 @@ from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explain
 from forwardgrad.estimators._distributions import feedback_key, rademacher
 from forwardgrad.estimators._feedback import Feedback, at_iterations, check
 from forwardgrad.estimators._steering import check_one_by_one, not_differentiable
-from forwardgrad.rewrite import MIXED, Activation, Hooks, Part, Program, placed_like
+from forwardgrad.rewrite import Activation, Hooks, Part, Program, placed_like
 
 
 class _Way(NamedTuple):
@@ -60,13 +61,14 @@ class DirectFeedbackAlignment(AbstractStatefulEstimator):
     r"""Direct feedback alignment (DFA): the output's error goes straight to every layer.
 
     With $e = \partial L / \partial y$ the error of the output layer, the input $x$ of every later
-    layer gets
+    matrix product or convolution gets
 
     $$\hat g_x = e B^\top,$$
 
     with a fixed matrix $B$ of random signs for each, drawn once from the seed, whatever lies
-    between $x$ and the output. What lies between $x$ and the layer before it, a nonlinearity, a
-    normalisation, is differentiated as usual; the output layer gets its exact gradient.
+    between $x$ and the output. What lies between $x$ and the product before it, a nonlinearity, a
+    normalisation, a scale, is differentiated as usual; the output layer gets its exact gradient.
+    Where only scales come after $x$, what they are multiplied with gets feedback as well.
 
     `fun` must return [`forwardgrad.Losses`][] with an axis of examples, because every example has
     an error of its own, and have one output layer that hidden layers lead to. A readout on
@@ -143,18 +145,20 @@ class DirectFeedbackAlignment(AbstractStatefulEstimator):
         check_one_by_one(program, "DirectFeedbackAlignment")
         outputs = _outputs(program)
         # What goes into a layer is cut off from what it comes from: see `ActivityPerturbation`.
-        (value, at_inputs), pullback, (inputs, aux) = jax.vjp(
+        (value, _), pullback, (inputs, aux) = jax.vjp(
             lambda leaves, shifts: _forward(program, leaves, outputs, shifts),
             program.leaves,
             _no_shifts(program, outputs),
             has_aux=True,
         )
-        last, errors = pullback((jnp.ones_like(value), jax.tree.map(jnp.zeros_like, at_inputs)))
+        # A symbol for zero costs nothing, where arrays of zeros cost a backward pass each.
+        unused = [jnp.zeros_like(a.value) if a.stacked else _zero(a.value) for a in inputs]
+        last, errors = pullback((jnp.ones_like(value), unused))
         ways = [_ways(program, outputs, x) for x in inputs]
         gradients = [
             self._feedback(x, of_x, errors, state) for x, of_x in zip(inputs, ways, strict=True)
         ]
-        hidden, _ = pullback((jnp.zeros_like(value), gradients))
+        hidden, _ = pullback((_zero(value), gradients))
         grads = jax.tree.map(jnp.add, last, hidden)
         value, aux, grads = not_differentiable((value, aux, grads), "DirectFeedbackAlignment")
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
@@ -213,6 +217,11 @@ def _outputs(program: Program) -> list[Any]:
     return outputs
 
 
+def _zero(x: Array) -> ad.Zero:
+    """A symbol for zero. JAX does not take one for what a loop stacks."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
 def _no_shifts(program: Program, outputs: Sequence[Any]) -> list[Array]:
     """Zeros in the shapes of the output layers, the loops around them first."""
     loops = [program.plan.outputs[v].loops for v in outputs]
@@ -233,7 +242,7 @@ def _forward(
     reached = frozenset().union(*[program.plan.terms(v) for v in outputs])
 
     def gets_feedback(x):
-        return x.moves and bool(x.terms & reached) and not _is_statistic(program, x)
+        return x.moves and bool(x.terms & reached) and program.plan.needs_feedback(x.variable)
 
     def shift(a):
         if a.site.number not in numbers:
@@ -247,18 +256,6 @@ def _forward(
     terms, aux, noted = program.with_hooks(leaves, hooks)
     inputs = [x for x in noted.inputs if gets_feedback(x)]
     return (program.losses(terms).total(), [x.value for x in inputs]), (inputs, aux)
-
-
-def _is_statistic(program: Program, x: Activation) -> bool:
-    """Whether a layer's input is one for all examples, which a normalisation's scale multiplies.
-
-    It has no error of its own, and belongs to what is differentiated as usual.
-    """
-    places = [place for (_, name), place in x.places if name == "example"]
-    if not places or any(place != MIXED for place in places):
-        return False
-    products = [layer for layer in program.plan.layers.values() if layer.is_product]
-    return all(x.variable not in [p.eqn.invars[i] for i in p.data] for p in products)
 
 
 def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]:

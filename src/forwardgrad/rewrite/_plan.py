@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from forwardgrad.rewrite._axes import NamedAxes, Places, may_have_own, places_of_terms
-from forwardgrad.rewrite._flow import Influence, Terms
+from forwardgrad.rewrite._flow import MIXED, Influence, Terms
 from forwardgrad.rewrite._mark import mark_p
 from forwardgrad.rewrite._primitives import (
     BRANCHES,
@@ -26,6 +26,7 @@ from forwardgrad.rewrite._primitives import (
     MERGED,
     MOVES,
     PRODUCTS,
+    SENT_BACK,
     SHARD_MAP,
     programs,
     scan_counts,
@@ -33,6 +34,7 @@ from forwardgrad.rewrite._primitives import (
 from forwardgrad.rewrite._trace import is_inexact
 
 LATER, MARKED = "a later layer uses it", "it becomes a marked activation"
+OPEN = "errors come to it without a matrix"
 """Among what a variable can change."""
 
 WHOLE = (*BRANCHES, CUSTOM_JVP, CUSTOM_VJP, SHARD_MAP)
@@ -76,6 +78,11 @@ class Layer:
         """Whether it is one matrix product or convolution."""
         return self.eqn.primitive.name in PRODUCTS
 
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether errors come back through it by a matrix, not entry by entry."""
+        return self.eqn.primitive.name not in SENT_BACK
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -117,7 +124,7 @@ class Plan:
             kinds[v] = Kind(data=id(const) in known)
         self._walk(jaxpr, kinds)
         self.order = _Order(self.layers)
-        terms = [frozenset([t]) for t in range(len(axes))]
+        terms = [frozenset([t, OPEN]) for t in range(len(axes))]
         self.order.run(jaxpr, [*terms, *[frozenset()] * (len(jaxpr.outvars) - len(terms))])
 
     def places(self, v: Any) -> Places:
@@ -136,6 +143,24 @@ class Plan:
         """Whether a variable is not an activation yet, but will be one that is marked."""
         after = self.order.of(v) or frozenset()
         return MARKED in after and LATER not in after
+
+    @functools.cached_property
+    def _sent_to(self) -> set[Any]:
+        """What goes into layers that errors come back through by a matrix."""
+        layers = [layer for layer in self.layers.values() if layer.needs_matrix]
+        return {layer.eqn.invars[i] for layer in layers for i in layer.data}
+
+    def needs_feedback(self, v: Any) -> bool:
+        """Whether a layer's input must be sent an error, for it to have one of its own.
+
+        Scales and biases are differentiated as usual where a product comes after them, and where
+        what goes in is one for all examples, such as the statistics of a batch normalisation.
+        """
+        if v in self._sent_to:
+            return True
+        places = [place for (_, name), place in self.places(v).items() if name == "example"]
+        is_statistic = bool(places) and all(place == MIXED for place in places)
+        return OPEN in (self.order.of(v) or ()) and not is_statistic
 
     # Forwards: kinds, layers, activations
 
@@ -307,7 +332,7 @@ class _Order(Influence):
         assert everything is not None
         if layer is None:
             return [(everything - {LATER}) | {MARKED}]
-        later = everything | {LATER}
+        later = (everything - {OPEN} if layer.needs_matrix else everything) | {LATER}
         before = layer.weights if layer.deep else ()
         return [
             later if (i in layer.data and i != layer.merged) or i in before else everything
