@@ -13,7 +13,7 @@ from forwardgrad.rewrite._flow import tangent_program
 from forwardgrad.rewrite._perturbed import Factor, Perturbed
 from forwardgrad.rewrite._primitives import scan_counts, while_counts
 from forwardgrad.rewrite._trace import evaluate, is_inexact, no_tangent, with_none_for_integers
-from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk, Value, Walk, rule
+from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk, Sketch, Value, Walk, rule
 
 
 @rule("scan", table=PROGRAMS)
@@ -120,10 +120,10 @@ def _custom_jvp(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[
     weights = [v if isinstance(v, Perturbed) else None for v in invals]
     arrays = [v.value if isinstance(v, Perturbed) else v for v in invals]
     moving = [i for i, v in enumerate(eqn.invars) if is_inexact(v)]
-    if walk.roles is not None:
+    if isinstance(walk, Sketch):
         own = [jnp.zeros_like(arrays[i]) if weights[i] is None else invals[i] for i in moving]
         walk.arrays(program.jaxpr, program.consts, [*arrays, *own])
-        return evaluate(eqn, arrays)
+        return walk.evaluate(eqn, arrays)
     like = {i: w for i, w in enumerate(weights) if w is not None}
     shapes = {i: (w.axes, [[f.labels for f in term] for term in w.terms]) for i, w in like.items()}
     factors = {i: [[f.array for f in term] for term in w.terms] for i, w in like.items()}

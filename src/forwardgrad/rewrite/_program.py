@@ -30,7 +30,7 @@ from forwardgrad.rewrite._primitives import UNBATCHABLE, names, programs, shape_
 from forwardgrad.rewrite._rows import Lookup, lookups
 from forwardgrad.rewrite._stages import Stage, after, is_lasting, stages
 from forwardgrad.rewrite._trace import inline, trace
-from forwardgrad.rewrite._walk import Roles, Walk
+from forwardgrad.rewrite._walk import Roles, Sketch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,21 +210,19 @@ class Program:
         axes that this sums over and over the others, and a pair for each of the slices that
         `scan`, indexing or a batch axis cuts it into. Any other one is dense.
         """
-        roles = {i: Roles() for i in range(len(self.leaves))}
-        layouts = [one_factor_an_axis(leaf.shape) for leaf in self.leaves]
-        self._walk_abstractly(Walk(jnp.zeros(()), roles=roles), layouts)
-        return [_layout(leaf.shape, roles[i]) for i, leaf in enumerate(self.leaves)]
+        walk = self._sketched([one_factor_an_axis(leaf.shape) for leaf in self.leaves])
+        return [_layout(leaf.shape, walk.roles[i]) for i, leaf in enumerate(self.leaves)]
 
     def built(self, layouts: Sequence[Layout]) -> dict[int, list[str]]:
         """Where tangents with these layouts have to be built as arrays, by parameter."""
-        walk = Walk(jnp.zeros(()), built=set())
-        self._walk_abstractly(walk, layouts)
         found: dict[int, list[str]] = {}
-        for leaf, where in sorted(walk.built or ()):
+        for leaf, where in sorted(self._sketched(layouts).built):
             found.setdefault(leaf, []).append(where)
         return found
 
-    def _walk_abstractly(self, walk: Walk, layouts: Sequence[Layout]) -> None:
+    def _sketched(self, layouts: Sequence[Layout]) -> Sketch:
+        walk = Sketch(None)
+
         def run(leaves):
             weights = [
                 perturbed(i, leaf, layout, None)
@@ -233,6 +231,7 @@ class Program:
             return walk.arrays(self._closed.jaxpr, self._closed.consts, weights)
 
         jax.eval_shape(run, self.leaves)
+        return walk
 
     def activations(self) -> list[list[Var]]:
         """For each parameter the activations that it makes by itself."""

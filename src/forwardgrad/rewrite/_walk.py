@@ -9,11 +9,14 @@ import abc
 import dataclasses
 import functools
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
@@ -107,28 +110,20 @@ class Walk(AbstractWalk):
     """One evaluation of a program with perturbed weights.
 
     `eps` is the scalar that the program is differentiated by; without it, the program is evaluated
-    at the sum of weights and tangents, which is right for what is linear in them. `roles`, where
-    given, collects how each parameter (by its position) is used. `single` says that there is one
-    tangent, so that an input and its tangent may be multiplied with a weight together. `rows`
-    collects which rows of parameters `lookups` take, and `built`, where given, which parameters'
-    tangents were built as arrays, and where.
+    at the sum of weights and tangents, which is right for what is linear in them. `single` says
+    that there is one tangent, so that an input and its tangent may be multiplied with a weight
+    together. `rows` collects which rows of parameters `lookups` take.
     """
 
     eps: jax.Array | None
     single: bool = False
-    roles: dict[int, Roles] | None = None
-    aliases: dict[tuple[int, int], set[Label]] = dataclasses.field(default_factory=dict)
-    built: set[tuple[int, str]] | None = None
     lookups: Mapping[int, Lookup] = dataclasses.field(default_factory=dict)
     rows: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
-    line: list[str] = dataclasses.field(default_factory=list)
 
     def array(self, value: Value) -> Array:
         """`value` as an array; the tangent of a perturbed weight is built."""
         if not isinstance(value, Perturbed):
             return value
-        if self.built is not None:
-            self.built.update((label.leaf, self.at) for label in value.labels)
         return self.apply(value, lambda _, w: w, lambda _, w: w.tangent())
 
     def apply(
@@ -184,15 +179,95 @@ class Walk(AbstractWalk):
         arrays = [[f.array for f in term] for term in weight.terms]
         return op(self.eps, x, weight.value, arrays)
 
-    @property
-    def at(self) -> str:
-        """The equation at hand, by its primitive and line."""
-        return self.line[0] if self.line else "the program's end"
+    def record(self, contracted: Sequence[Label] = (), stacked: Sequence[Label] = ()) -> None:
+        """Take note of what a rule does with the axes that the labels came from."""
+        del contracted, stacked
+
+    def like(self, weight: Perturbed, other: Perturbed) -> Perturbed | None:
+        """`other` with the labels of a weight of the same shape, None where these do not agree."""
+        names = {}
+        for own, its in zip(weight.axes, other.axes, strict=True):
+            if len(own) != len(its) or len(own) > 1:
+                return None
+            names.update(zip(its, own, strict=True))
+        return self.rename(other, names)
+
+    def rename(self, weight: Perturbed, names: Mapping[Label, Label]) -> Perturbed | None:
+        """A weight with other labels, which are then known to mean the same."""
+        return weight.renamed(names) if len({*names.values()}) == len(names) else None
+
+    def iteration(self, i: jax.Array) -> "Walk":
+        """The same walk."""
+        return self
+
+    def equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+        """The outputs of one equation, by its rule if a weight enters it."""
+        name = eqn.primitive.name
+        if id(eqn) in self.lookups:
+            leaf, axis = self.lookups[id(eqn)]
+            used = taken(eqn, axis, invals)
+            self.rows[leaf] = self.rows[leaf] | used if leaf in self.rows else used
+        perturbed = any(isinstance(v, Perturbed) for v in invals)
+        if perturbed and name in PROGRAMS:
+            outs = PROGRAMS[name](self, eqn, invals)
+        elif perturbed and name in RULES:
+            outs = RULES[name](self, eqn, invals)
+        else:
+            outs = None
+        if outs is not None:
+            return outs
+        return self.evaluate(eqn, [self.array(v) for v in invals])
+
+    def evaluate(self, eqn: JaxprEqn, arrays: Sequence[Array]) -> Sequence[Array]:
+        """The outputs of an equation at arrays."""
+        return evaluate(eqn, arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketch(Walk):
+    """A walk that finds out what becomes of the weights, and computes little else.
+
+    `roles` collects how each parameter (by its position) is used, and `built` which parameters'
+    tangents have to be built as arrays, and where; `at` is the equation at hand.
+    """
+
+    roles: dict[int, Roles] = dataclasses.field(default_factory=lambda: defaultdict(Roles))
+    aliases: dict[tuple[int, int], set[Label]] = dataclasses.field(default_factory=dict)
+    built: set[tuple[int, str]] = dataclasses.field(default_factory=set)
+    at: list[JaxprEqn] = dataclasses.field(default_factory=list)
+
+    def array(self, value: Value) -> Array:
+        """An array in the place of `value`."""
+        if not isinstance(value, Perturbed):
+            return value
+        where = f"{self.at[0].primitive} at {line_of(self.at[0])}" if self.at else "the end"
+        self.built.update((label.leaf, where) for label in value.labels)
+        return value.value
+
+    def apply(
+        self,
+        weight: Perturbed,
+        primal: Callable[[Any, jax.Array], jax.Array],
+        contribution: Callable[[Any, Perturbed], jax.Array],
+        x: Any = (),
+    ) -> Array:
+        """An array in the place of what the equation at hand computes."""
+        nothing = _nothing(self.at[0])
+        return primal(x, weight.value) if nothing is None else nothing[0]
+
+    def equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
+        """The outputs of one equation, by its rule if a weight enters it."""
+        if eqn.primitive.name not in PROGRAMS:
+            self.at[:] = [eqn]
+        return super().equation(eqn, invals)
+
+    def evaluate(self, eqn: JaxprEqn, arrays: Sequence[Array]) -> Sequence[Array]:
+        """Arrays in the place of an equation's outputs."""
+        nothing = _nothing(eqn)
+        return evaluate(eqn, arrays) if nothing is None else nothing
 
     def record(self, contracted: Sequence[Label] = (), stacked: Sequence[Label] = ()) -> None:
-        """Note what a rule does with the axes that the labels came from."""
-        if self.roles is None:
-            return
+        """Take note of what a rule does with the axes that the labels came from."""
         stacked, contracted = (self._with_aliases(labels) for labels in (stacked, contracted))
         for label in stacked:
             if self.roles[label.leaf].contracted is None:
@@ -208,47 +283,27 @@ class Walk(AbstractWalk):
             found += [alias for alias in self.aliases.get(label[:2], ()) if alias not in found]
         return found
 
-    def like(self, weight: Perturbed, other: Perturbed) -> Perturbed | None:
-        """`other` with the labels of a weight of the same shape, None where these do not agree."""
-        names = {}
-        for own, its in zip(weight.axes, other.axes, strict=True):
-            if len(own) != len(its) or len(own) > 1:
-                return None
-            names.update(zip(its, own, strict=True))
-        return self.rename(other, names)
-
     def rename(self, weight: Perturbed, names: Mapping[Label, Label]) -> Perturbed | None:
         """A weight with other labels, which are then known to mean the same."""
-        if len({*names.values()}) < len(names):
-            return None
         for old, new in names.items():
             if old[:2] != new[:2]:
                 self.aliases.setdefault(new[:2], set()).add(Label(*old[:2]))
-        return weight.renamed(names)
+        return super().rename(weight, names)
 
-    def iteration(self, i: jax.Array) -> "Walk":
-        """The same walk."""
-        return self
 
-    def equation(self, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
-        """The outputs of one equation, by its rule if a weight enters it."""
-        name = eqn.primitive.name
-        if self.built is not None and name not in PROGRAMS:
-            self.line[:] = [f"{name} at {line_of(eqn)}"]
-        if id(eqn) in self.lookups:
-            leaf, axis = self.lookups[id(eqn)]
-            used = taken(eqn, axis, invals)
-            self.rows[leaf] = self.rows[leaf] | used if leaf in self.rows else used
-        perturbed = any(isinstance(v, Perturbed) for v in invals)
-        if perturbed and name in PROGRAMS:
-            outs = PROGRAMS[name](self, eqn, invals)
-        elif perturbed and name in RULES:
-            outs = RULES[name](self, eqn, invals)
-        else:
-            outs = None
-        if outs is not None:
-            return outs
-        return evaluate(eqn, [self.array(v) for v in invals])
+def _nothing(eqn: JaxprEqn) -> list[Array] | None:
+    """Zeros that take no memory in the place of an equation's outputs.
+
+    None where an output is more than its shape and type: on a mesh, or a key.
+    """
+    avals: list[Any] = [v.aval for v in eqn.outvars]
+    plain = all(
+        isinstance(a, ShapedArray)
+        and not jnp.issubdtype(a.dtype, jax.dtypes.extended)
+        and a.sharding.mesh.empty
+        for a in avals
+    )
+    return [np.broadcast_to(np.zeros((), a.dtype), a.shape) for a in avals] if plain else None
 
 
 def _is_zero(tangent: Any) -> bool:
