@@ -242,3 +242,35 @@ def test_batch_normalisation_is_differentiated_as_usual():
     np.testing.assert_allclose(grads["last"], h.T @ error, rtol=1e-4, atol=1e-5)
     for name in ("first", "scale"):
         np.testing.assert_allclose(grads[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [fg.ActivityPerturbation(), fg.FeedbackAlignment(), fg.DirectFeedbackAlignment()],
+    ids=repr,
+)
+def test_a_function_may_refuse_to_be_differentiated(estimator):
+    """As solvers do for their step sizes: nothing flows there, and nothing asks for it."""
+    (x, y), w = data(0), weights(0)
+
+    @jax.custom_jvp
+    def fixed(size):
+        return size
+
+    def refuse(primals, tangents):
+        if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
+            raise RuntimeError("not differentiable")
+        return primals[0], tangents[0]
+
+    fixed.defjvp(refuse, symbolic_zeros=True)
+
+    def fun(w, size=lambda a: a):
+        steps = size(1 + jax.lax.stop_gradient(jnp.mean(jnp.tanh(x @ w["first"]))))
+        out = jnp.tanh(x @ w["first"] + w["bias"]) @ w["last"]
+        return fg.Losses([steps * jnp.sum((out - y) ** 2, axis=1)], [("example",)])
+
+    step = fg.value_and_grad(lambda w: fun(w, fixed), estimator)
+    plain = fg.value_and_grad(fun, estimator)
+    key = {"key": jax.random.key(1)} if estimator.needs_key else {}
+    for a, b in zip(*map(jax.tree.leaves, (step(w, **key), plain(w, **key))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from forwardgrad._errors import InputError
 from forwardgrad.rewrite._primitives import (
     CONSTANT,
     CUSTOM_JVP,
@@ -125,10 +126,7 @@ class Backward(abc.ABC, Generic[V]):
 
     def run_rule(self, eqn: JaxprEqn, outs: Sequence[V | None]) -> Sequence[V | None]:
         """The inputs of a function with a `custom_jvp`, by its rule."""
-        try:
-            rule = tangent_program(eqn) if self._depth < DEEPEST else None
-        except NameError:  # a name of a mesh's axis, in a `shard_map`
-            rule = None
+        rule = tangent_program(eqn) if self._depth < DEEPEST else None
         if rule is None:
             return self.opaque(eqn, outs)
         self._depth += 1
@@ -173,11 +171,12 @@ class Backward(abc.ABC, Generic[V]):
             carry = wider
 
 
-def tangent_program(eqn: JaxprEqn) -> ClosedJaxpr:
+def tangent_program(eqn: JaxprEqn) -> ClosedJaxpr | None:
     """The rule of a function with a `custom_jvp`.
 
     It takes the function's inputs, then the tangents of those that can have one; it returns the
-    outputs, then likewise their tangents.
+    outputs, then likewise their tangents. None for a rule that takes no tangents, as that of a
+    function that says it is not differentiable, or that needs the names of a mesh's axes.
     """
     avals = [v.aval for v in eqn.invars]
     moving = [i for i, v in enumerate(eqn.invars) if is_inexact(v)]
@@ -187,7 +186,12 @@ def tangent_program(eqn: JaxprEqn) -> ClosedJaxpr:
         _, changes, outs = jax.jvp(function, [primals[i] for i in moving], tangents, has_aux=True)
         return outs, changes
 
-    return inline(jax.make_jaxpr(rule)(avals, [avals[i] for i in moving]), forward=True)
+    try:
+        return inline(jax.make_jaxpr(rule)(avals, [avals[i] for i in moving]), forward=True)
+    except InputError:
+        raise
+    except Exception:  # what a rule raises can be anything
+        return None
 
 
 def _linear(rule: Jaxpr, primals: int) -> Jaxpr:

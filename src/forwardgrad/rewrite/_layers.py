@@ -215,7 +215,8 @@ def _mask(output: Output, z: Array) -> jax.Array | None:
 def _threshold(eqn: JaxprEqn) -> Any:
     """The constant c of an equation that is max(z, c), and has no slope below; else None."""
     if eqn.primitive.name == CUSTOM_JVP:
-        return _threshold_of_rule(tangent_program(eqn).jaxpr)
+        rule = tangent_program(eqn)
+        return None if rule is None else _threshold_of_rule(rule.jaxpr)
     if eqn.primitive.name == "clamp":
         least = eqn.invars[0]
         return least.val if isinstance(least, Literal) else None
