@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from forwardgrad._errors import InputError
-from forwardgrad.estimators._base import AbstractStatefulEstimator, Objective
-from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import feedback_key, rademacher
-from forwardgrad.estimators._feedback import Feedback, at_iterations, check
+from forwardgrad.estimators._feedback import AbstractFeedback, Feedback, at_iterations
 from forwardgrad.estimators._steering import check_one_by_one, not_differentiable
 from forwardgrad.rewrite import Activation, Hooks, Part, Program, placed_like
 
@@ -57,7 +55,7 @@ class _Way(NamedTuple):
         )
 
 
-class DirectFeedbackAlignment(AbstractStatefulEstimator):
+class DirectFeedbackAlignment(AbstractFeedback):
     r"""Direct feedback alignment (DFA): the output's error goes straight to every layer.
 
     With $e = \partial L / \partial y$ the error of the output layer, the input $x$ of every later
@@ -103,42 +101,6 @@ class DirectFeedbackAlignment(AbstractStatefulEstimator):
     seed: int = 0
     gain: float = 2.0
 
-    def __check_init__(self):
-        if not self.gain > 0:
-            raise InputError(f"gain must be positive, got {self.gain!r}")
-
-    @property
-    def needs_key(self) -> bool:
-        """False."""
-        return False
-
-    @property
-    def needs_state(self) -> bool:
-        """False."""
-        return False
-
-    def value_and_grad(
-        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
-        """The objective's value, and what direct feedback alignment takes for its gradient."""
-        del key
-        return self._estimate(Program(fun, params, forward=False), None)
-
-    def init(self, fun: Objective, params: PyTree[Array]) -> Feedback:
-        """The feedback matrices, for each layer's input one from each output layer."""
-        program = Program(fun, params, forward=False)
-        arrays = {n: self._matrix(n, shape) for n, shape in self._shapes(program).items()}
-        return Feedback(arrays, repr(self))
-
-    def estimate(
-        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None, state: Any
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], Feedback]:
-        """The same by the feedback matrices in `state`, which stay as they are."""
-        del key
-        program = Program(fun, params, forward=False)
-        check(state, self, self._shapes(program))
-        return (*self._estimate(program, state), state)
-
     def _estimate(
         self, program: Program, state: Feedback | None
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
@@ -163,18 +125,19 @@ class DirectFeedbackAlignment(AbstractStatefulEstimator):
         value, aux, grads = not_differentiable((value, aux, grads), "DirectFeedbackAlignment")
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
 
-    def _shapes(self, program: Program) -> dict[int, tuple[int, int]]:
-        """The shapes of the feedback matrices by their numbers."""
+    def _weights(self, program: Program) -> dict[int, Array]:
+        """For each input that gets feedback, a matrix for each output layer that it changes."""
         outputs = _outputs(program)
         inputs = jax.eval_shape(
             lambda leaves: _forward(program, leaves, outputs, _no_shifts(program, outputs))[1][0],
             program.leaves,
         )
         ways = [way for x in inputs for way in _ways(program, outputs, x)]
-        return {way.number: (way.entries, way.units) for way in ways}
+        return {way.number: self._matrix(way) for way in ways}
 
-    def _matrix(self, number: int, shape: tuple[int, int]) -> Array:
-        return rademacher(jax.random.fold_in(feedback_key(self.seed), number), shape)
+    def _matrix(self, way: _Way) -> Array:
+        key = jax.random.fold_in(feedback_key(self.seed), way.number)
+        return rademacher(key, (way.entries, way.units))
 
     def _feedback(
         self, x: Activation, ways: Sequence[_Way], errors: Sequence[Array], state: Feedback | None
@@ -182,21 +145,12 @@ class DirectFeedbackAlignment(AbstractStatefulEstimator):
         """The errors times random matrices, in the shape of a layer's input."""
         total: Any = jnp.zeros_like(x.value)
         for way in ways:
-            shape = (way.entries, way.units)
-            signs = self._matrix(way.number, shape) if state is None else state.arrays[way.number]
+            signs = self._matrix(way) if state is None else state.arrays[way.number]
             error = way.gathered(errors[way.output])
             signs = placed_like(signs.astype(error.dtype), error)
             sent = math.sqrt(self.gain / way.scale) * error @ signs.T
             total = total + way.spread(sent, x.value.shape)
         return placed_like(total.astype(x.value.dtype), x.value)
-
-
-@explained.register
-def _(
-    estimator: DirectFeedbackAlignment, fun: Objective, params: PyTree
-) -> list[ExplainedParameter]:
-    del estimator
-    return by_layer(Program(fun, params, forward=False), params, "feedback")
 
 
 def _outputs(program: Program) -> list[Any]:

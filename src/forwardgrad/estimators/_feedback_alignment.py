@@ -7,13 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from forwardgrad._errors import InputError
-from forwardgrad.estimators._base import AbstractStatefulEstimator, Objective
-from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import draw, feedback_key
-from forwardgrad.estimators._feedback import Feedback, at_iterations, check
+from forwardgrad.estimators._feedback import AbstractFeedback, Feedback, at_iterations
 from forwardgrad.estimators._steering import check_one_by_one
 from forwardgrad.rewrite import (
     SENT_BACK,
@@ -29,7 +27,7 @@ from forwardgrad.rewrite import (
 )
 
 
-class FeedbackAlignment(AbstractStatefulEstimator):
+class FeedbackAlignment(AbstractFeedback):
     r"""Feedback alignment (FA): errors come back through fixed random weights.
 
     In a layer $z = x W$ backpropagation sends the error $\delta$ of its output back to its input as
@@ -76,42 +74,6 @@ class FeedbackAlignment(AbstractStatefulEstimator):
     seed: int = 0
     gain: float = 2.0
 
-    def __check_init__(self):
-        if not self.gain > 0:
-            raise InputError(f"gain must be positive, got {self.gain!r}")
-
-    @property
-    def needs_key(self) -> bool:
-        """False."""
-        return False
-
-    @property
-    def needs_state(self) -> bool:
-        """False."""
-        return False
-
-    def value_and_grad(
-        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
-        """The objective's value, and what feedback alignment takes for its gradient."""
-        del key
-        return self._estimate(Program(fun, params, forward=False), None)
-
-    def init(self, fun: Objective, params: PyTree[Array]) -> Feedback:
-        """The feedback weights, one for each product that errors come back through."""
-        program = Program(fun, params, forward=False)
-        arrays = {n: self._weights(layer) for n, layer in _products(program).items()}
-        return Feedback(arrays, repr(self))
-
-    def estimate(
-        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None, state: Any
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], Feedback]:
-        """The same by the feedback weights in `state`, which stay as they are."""
-        del key
-        program = Program(fun, params, forward=False)
-        check(state, self, {n: _shape(layer) for n, layer in _products(program).items()})
-        return (*self._estimate(program, state), state)
-
     def _estimate(
         self, program: Program, state: Feedback | None
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
@@ -146,21 +108,17 @@ class FeedbackAlignment(AbstractStatefulEstimator):
         dtype = computed_in(aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         return _normal(key, aval.shape, scale, dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _weights(self, layer: Layer) -> Array:
-        """The feedback weights of one layer in all iterations."""
+    def _weights(self, program: Program) -> dict[int, Array]:
+        """One for each product that errors come back through, in all iterations of loops."""
 
-        def along(lengths, iterations):
+        def along(layer, lengths, iterations):
             if not lengths:
                 return self._drawn(layer, Site(layer.number, iterations))
-            return jax.vmap(lambda i: along(lengths[1:], (*iterations, i)))(jnp.arange(lengths[0]))
+            return jax.vmap(lambda i: along(layer, lengths[1:], (*iterations, i)))(
+                jnp.arange(lengths[0])
+            )
 
-        return along(layer.loops, ())
-
-
-@explained.register
-def _(estimator: FeedbackAlignment, fun: Objective, params: PyTree) -> list[ExplainedParameter]:
-    del estimator
-    return by_layer(Program(fun, params, forward=False), params, "feedback")
+        return {n: along(layer, layer.loops, ()) for n, layer in _products(program).items()}
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "scale", "dtype"))
@@ -177,11 +135,6 @@ def _products(program: Program) -> dict[int, Layer]:
         for layer in plan.layers.values()
         if layer.is_product and layer.moves and plan.terms(layer.eqn.outvars[0])
     }
-
-
-def _shape(layer: Layer) -> tuple[int, ...]:
-    weight: Any = layer.eqn.invars[layer.weights[0]]
-    return (*layer.loops, *weight.aval.shape)
 
 
 def _check_layers(program: Program) -> None:
