@@ -309,34 +309,29 @@ def _scale(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value
 
 @rule("add", "sub", "add_any")
 def _add(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
-    arrays = [v.value if isinstance(v, Perturbed) else v for v in invals]
-    (value,) = evaluate(eqn, arrays)
-    total: Perturbed | None = None
-    for i, v in enumerate(invals):
-        if not isinstance(v, Perturbed):
-            continue
-        if v.value.shape != value.shape:
-            return None
-        negative = i == 1 and eqn.primitive.name == "sub"
-        own = v.with_value(v.value, scale=jnp.asarray(-1.0)) if negative else v
-        other = own if total is None else walk.like(total, own)
-        if other is None:
-            return None
-        total = other if total is None else total + other
-    assert total is not None
-    return [total.with_value(value)]
+    sign = -1.0 if eqn.primitive.name == "sub" else 1.0
+    return _sum_of(walk, eqn, invals, [jnp.ones(()), jnp.asarray(sign)])
 
 
 @rule("select_n")
 def _select(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value] | None:
     which, *cases = invals
-    (value,) = evaluate(eqn, [which, *[v.value if isinstance(v, Perturbed) else v for v in cases]])
+    chosen = [(jnp.asarray(which).astype(int) == i).astype(jnp.float32) for i in range(len(cases))]
+    return _sum_of(walk, eqn, invals, [jnp.ones(()), *chosen])
+
+
+def _sum_of(
+    walk: Walk, eqn: JaxprEqn, invals: Sequence[Value], scales: Sequence[jax.Array]
+) -> Sequence[Value] | None:
+    """The weight whose tangent is the sum of those of the inputs, each times its scale."""
+    (value,) = evaluate(eqn, [v.value if isinstance(v, Perturbed) else v for v in invals])
     total: Perturbed | None = None
-    for i, v in enumerate(cases):
+    for v, scale in zip(invals, scales, strict=True):
         if not isinstance(v, Perturbed):
             continue
-        chosen = (jnp.asarray(which).astype(int) == i).astype(v.terms[0][0].array.dtype)
-        own = v.times(value, chosen) if chosen.ndim else v.with_value(value, scale=chosen)
+        if v.value.shape != value.shape:
+            return None
+        own = v.times(value, scale) if scale.ndim else v.with_value(value, scale=scale)
         other = own if own is None or total is None else walk.like(total, own)
         if other is None:
             return None
