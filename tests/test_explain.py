@@ -46,6 +46,18 @@ def test_weight_perturbation():
     assert found["unused"].terms == ()
 
 
+@pytest.mark.parametrize("product", ["bgi,gio->bgo", "bgi,goi->gbo", "gbi,gio->bo"])
+def test_weights_of_groups_need_no_tangents_as_arrays(product):
+    """A group is an axis of both operands: a factor that spans it is no whole tangent."""
+    x = jnp.ones((4, 4, 4))
+
+    def loss(w):
+        return jnp.sum(jnp.tanh(jnp.einsum(product, x, w)))
+
+    (row,) = fg.explain(loss, fg.WeightPerturbation(), jnp.ones((4, 4, 4))).rows
+    assert (row.how, row.where) == ("rank-one", ())
+
+
 def test_activity_perturbation_tells_the_axes_of_the_layers():
     found = rows(fg.ActivityPerturbation())
     assert found["first"].how == "activation"

@@ -26,8 +26,11 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence
     weight = invals[side]
     (contracting, batch) = eqn.params["dimension_numbers"]
     summed = [n for i in contracting[side] for n in weight.axes[i]]
-    walk.record(contracted=summed, stacked=[n for i in batch[side] for n in weight.axes[i]])
-    if any(_is_full(f, {*summed}) for term in weight.terms if len(term) > 1 for f in term):
+    stacked = [n for i in batch[side] for n in weight.axes[i]]
+    walk.record(contracted=summed, stacked=stacked)
+    free = {*weight.labels} - {*summed, *stacked}
+    factors = [{*f.labels} for term in weight.terms if len(term) > 1 for f in term]
+    if any(labels & {*summed} and labels & free for labels in factors):
         # A product with such a factor costs as much as one with the tangent, for each term.
         return None
     x = walk.array(invals[1 - side])
@@ -91,11 +94,6 @@ def _two_weights(walk: Walk, eqn: JaxprEqn, v: Perturbed, w: Perturbed) -> Pertu
     terms = [_merged(term, right, summed) for term in v.terms]
     terms += [_merged(term, left, summed) for term in renamed.terms]
     return Perturbed(value, axes, tuple(terms))
-
-
-def _is_full(f: Factor, summed: set[Label]) -> bool:
-    """Whether a factor spans axes that a product sums over, and others."""
-    return bool(summed & {*f.labels}) and bool({*f.labels} - summed - {RANK})
 
 
 def _sizes(w: Perturbed) -> list[int]:
