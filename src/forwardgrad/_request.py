@@ -15,7 +15,7 @@ from forwardgrad._errors import InputError
 from forwardgrad._losses import Losses
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.estimators._base import Objective
-from forwardgrad.rewrite import varying_like
+from forwardgrad.rewrite import varying_alike, varying_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +215,8 @@ def _as_losses(value: Any) -> Losses:
     for term in value.terms:
         if not jnp.issubdtype(jnp.result_type(term), jnp.floating):
             raise InputError(f"the terms of Losses must be real, got one of dtype {term.dtype}")
-    return value
+    # Each worker of a `shard_map` has them all, as it has their total.
+    return Losses(varying_alike(value.terms), value.axes)
 
 
 def _checked_value(value: Any) -> Array:

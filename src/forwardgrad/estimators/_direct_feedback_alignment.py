@@ -13,7 +13,15 @@ from forwardgrad._errors import InputError
 from forwardgrad.estimators._distributions import feedback_key, rademacher
 from forwardgrad.estimators._feedback import AbstractFeedback, Feedback, at_iterations
 from forwardgrad.estimators._steering import check_one_by_one, not_differentiable
-from forwardgrad.rewrite import Activation, Hooks, Part, Program, placed_like
+from forwardgrad.rewrite import (
+    Activation,
+    Hooks,
+    Part,
+    Program,
+    placed_like,
+    summed_change,
+    varying,
+)
 
 
 class _Way(NamedTuple):
@@ -150,6 +158,7 @@ class DirectFeedbackAlignment(AbstractFeedback):
             signs = placed_like(signs.astype(error.dtype), error)
             sent = math.sqrt(self.gain / way.scale) * error @ signs.T
             total = total + way.spread(sent, x.value.shape)
+        total = summed_change(total, x.value, frozenset())
         return placed_like(total.astype(x.value.dtype), x.value)
 
 
@@ -178,10 +187,11 @@ def _zero(x: Array) -> ad.Zero:
 
 def _no_shifts(program: Program, outputs: Sequence[Any]) -> list[Array]:
     """Zeros in the shapes of the output layers, the loops around them first."""
-    loops = [program.plan.outputs[v].loops for v in outputs]
+    shapes = [(*program.plan.outputs[v].loops, *v.aval.shape) for v in outputs]
+    # A worker's errors are its own: what all have in common would get the sum of theirs.
     return [
-        jnp.zeros((*own, *v.aval.shape), v.aval.dtype)
-        for own, v in zip(loops, outputs, strict=True)
+        jax.lax.pcast(jnp.zeros(shape, v.aval.dtype), tuple(varying(v.aval)), to="varying")
+        for shape, v in zip(shapes, outputs, strict=True)
     ]
 
 

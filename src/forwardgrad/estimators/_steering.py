@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from forwardgrad._errors import InputError
 from forwardgrad._losses import Losses
-from forwardgrad.rewrite import UNKNOWN, Activation, Part, Program, line_of
+from forwardgrad.rewrite import UNKNOWN, Activation, Part, Program, line_of, summed_change
 
 
 def influenced(activation: Activation, losses: Losses, program: Program) -> Array:
@@ -35,6 +35,9 @@ def influenced(activation: Activation, losses: Losses, program: Program) -> Arra
         term = term.astype(jnp.promote_types(term.dtype, jnp.float32))
         term = jnp.sum(term, axis=tuple(j for j, own in enumerate(parts) if own is None))
         kept = [own for own in parts if own is not None]
+        # A collective leaves no axis apart: what has one of its own stays with its worker.
+        shared = frozenset() if kept else program.plan.collectives
+        term = summed_change(term, activation.value, shared)
         total = total + aligned(term, kept, activation.value.shape, program)
     return total
 

@@ -27,12 +27,16 @@ from forwardgrad.rewrite import (
     Program,
     Stage,
     Walk,
+    check_typed,
     combine_tangents,
     computed_in,
     dense_layout,
     factor_shape,
+    key_of_worker,
     masked_rows,
     perturbed,
+    summed_change,
+    varying,
 )
 
 Structure = Literal["rank-one", "dense"]
@@ -143,21 +147,21 @@ class WeightPerturbation(AbstractEstimator):
     def _estimate(
         self, program: Program, key: Key[Array, ""]
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        check_typed(program.collectives, "WeightPerturbation")
         layouts = self._layouts(program)
         exact = program.of_last_layers() if self.exact_last else []
         perturbed = [i for i in range(len(program.leaves)) if i not in exact]
-        chosen = [layouts[i] for i in perturbed]
-        drawn = self._factors(portable(key), [program.leaves[i] for i in perturbed], chosen)
-        factors = dict(zip(perturbed, drawn, strict=True))
+        factors = self._drawn(program, layouts, perturbed, portable(key))
         found = directional_derivatives(program, layouts, factors, self.chunk)
         terms, derivatives, aux, of_exact = found.losses, found.changes, found.aux, found.exact
         for i, (axis, rows) in found.rows.items():
             if i in factors:
                 factors[i] = masked_rows(layouts[i], factors[i], axis, rows)
         grads = [of_exact.get(i, jnp.zeros_like(leaf)) for i, leaf in enumerate(program.leaves)]
-        for influenced, members in _partition(program.influence(), perturbed):
+        for influenced, members in _partition(program, perturbed):
             own = [(layouts[i], factors[i], program.leaves[i]) for i in members]
             change = jnp.sum(derivatives[:, sorted(influenced)], axis=1)
+            change = summed_change(change, own[0][2], program.collectives)
             size = sum(_active_size(program.leaves[i], found.rows.get(i)) for i in members)
             coefficients = self._coefficients(change, size, *zip(*own, strict=True))
             for i, (layout, arrays, leaf) in zip(members, own, strict=True):
@@ -169,6 +173,28 @@ class WeightPerturbation(AbstractEstimator):
         if self.structure == "dense":
             return [dense_layout(leaf.shape) for leaf in program.leaves]
         return program.layouts()
+
+    def _drawn(
+        self,
+        program: Program,
+        layouts: Sequence[Layout],
+        leaves: Sequence[int],
+        key: Key[Array, ""],
+    ) -> dict[int, list[Array]]:
+        """The factors of the parameters at the positions `leaves`.
+
+        Workers that exchange what they compute draw for themselves what each has of its own.
+        """
+        groups: dict[frozenset[str], list[int]] = {}
+        for i in leaves:
+            axes = varying(program.leaves[i]) & program.collectives
+            groups.setdefault(axes, []).append(i)
+        factors = {}
+        for axes, members in groups.items():
+            arrays, chosen = zip(*[(program.leaves[i], layouts[i]) for i in members], strict=True)
+            drawn = self._factors(key_of_worker(key, axes), arrays, chosen)
+            factors.update(zip(members, drawn, strict=True))
+        return factors
 
     def _factors(
         self, key: Key[Array, ""], leaves: Sequence[Array], layouts: Sequence[Layout]
@@ -243,14 +269,16 @@ def _(estimator: WeightPerturbation, fun: Objective, params: PyTree) -> list[Exp
     ]
 
 
-def _partition(
-    influence: Sequence[frozenset[int]], leaves: Sequence[int]
-) -> list[tuple[frozenset[int], list[int]]]:
-    """The sets of terms that the parameters `leaves` influence, each with its parameters."""
-    members: dict[frozenset[int], list[int]] = {}
+def _partition(program: Program, leaves: Sequence[int]) -> list[tuple[frozenset[int], list[int]]]:
+    """The sets of terms that the parameters `leaves` influence, each with its parameters.
+
+    Parameters that different workers share are apart.
+    """
+    influence = program.influence()
+    members: dict[Any, list[int]] = {}
     for i in leaves:
-        members.setdefault(influence[i], []).append(i)
-    return [(terms, leaves) for terms, leaves in members.items() if terms]
+        members.setdefault((influence[i], varying(program.leaves[i])), []).append(i)
+    return [(terms, leaves) for (terms, _), leaves in members.items() if terms]
 
 
 class Directional(NamedTuple):
@@ -304,7 +332,8 @@ def directional_derivatives(
     axes = dict(program.lookups.values())
     rows: dict[int, tuple[int, Array]] = {}
     for _, _, of_stage in results:
-        for i, used in of_stage.items():
+        for i, of_worker in of_stage.items():
+            used = summed_change(of_worker.astype(int), program.leaves[i], frozenset()) > 0
             rows[i] = (axes[i], used | rows[i][1] if i in rows else used)
     return Directional(terms, jnp.stack(columns, axis=1), aux, grads, rows)
 

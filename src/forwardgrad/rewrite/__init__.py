@@ -30,6 +30,11 @@ from forwardgrad.rewrite._stages import after as after
 from forwardgrad.rewrite._trace import evaluate as evaluate
 from forwardgrad.rewrite._trace import is_inexact as is_inexact
 from forwardgrad.rewrite._walk import Walk as Walk
+from forwardgrad.rewrite._workers import check_typed as check_typed
+from forwardgrad.rewrite._workers import key_of_worker as key_of_worker
+from forwardgrad.rewrite._workers import summed_change as summed_change
+from forwardgrad.rewrite._workers import varying as varying
+from forwardgrad.rewrite._workers import varying_alike as varying_alike
 
 __all__ = [
     "MIXED",
@@ -49,17 +54,22 @@ __all__ = [
     "Walk",
     "activation",
     "after",
+    "check_typed",
     "combine_tangents",
     "computed_in",
     "dense_layout",
     "evaluate",
     "factor_shape",
     "is_inexact",
+    "key_of_worker",
     "line_of",
     "masked_rows",
     "named",
     "perturbed",
     "placed_like",
+    "summed_change",
     "transparent",
+    "varying",
+    "varying_alike",
     "varying_like",
 ]

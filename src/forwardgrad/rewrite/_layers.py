@@ -1,6 +1,7 @@
 """Evaluating a program with something else in the place of its activations."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,25 +9,31 @@ import equinox as eqx
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from forwardgrad._errors import InputError
 from forwardgrad.rewrite._axes import Places
-from forwardgrad.rewrite._flow import MIXED, Part, Place, tangent_program
+from forwardgrad.rewrite._flow import MIXED, Part, Place, normal, tangent_program
 from forwardgrad.rewrite._plan import Layer, Output, Plan
 from forwardgrad.rewrite._primitives import CUSTOM_JVP, line_of, programs, shape_of
 from forwardgrad.rewrite._trace import Array, evaluate, is_inexact
 from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk
+from forwardgrad.rewrite._workers import key_of_worker, untyped, varying
 
 
 class Site(NamedTuple):
-    """One of a program's layers, and in loops the numbers of the iterations, from outside in."""
+    """One of a program's layers, and in loops the numbers of the iterations, from outside in.
+
+    `workers` are the axes of a mesh along which each worker has one of its own.
+    """
 
     number: int
     iterations: tuple[jax.Array, ...]
+    workers: tuple[str, ...] = ()
 
     def key(self, key: jax.Array) -> jax.Array:
         """A random key for this place."""
         for number in (self.number, *self.iterations):
             key = jax.random.fold_in(key, number)
-        return key
+        return key_of_worker(key, self.workers)
 
 
 class Activation(eqx.Module):
@@ -50,11 +57,12 @@ class Activation(eqx.Module):
     line: str = eqx.field(static=True, default="")
     variable: Var | None = eqx.field(static=True, default=None)
     stacked: int = eqx.field(static=True, default=0)
+    workers: tuple[str, ...] = eqx.field(static=True, default=())
 
     @property
     def site(self) -> Site:
         """Which one it is."""
-        return Site(self.number, self.iterations)
+        return Site(self.number, self.iterations, self.workers)
 
     @property
     def terms(self) -> frozenset[int]:
@@ -189,6 +197,7 @@ class LayerWalk(AbstractWalk):
             last=self._plan.is_last(v),
             line=line_of(output.eqn),
             variable=v,
+            workers=tuple(self._plan.collectives & (varying(z) | untyped(self._plan.collectives))),
         )
         self._noted.activations.append(activation)
         return self._hooks.activation(activation)
@@ -201,9 +210,27 @@ def _named(places: Places, output: Output, shape: Sequence[int]) -> Places:
     found = {}
     for (term, name), place in places.items():
         axes = [i for i, n in enumerate(output.names) if n == name and name is not None]
-        parts = tuple(Part(i, 1, shape[i]) for i in axes)
+        parts = normal([Part(i, 1, shape[i]) for i in axes])
+        if axes:
+            _check_mark(name, parts, place, output, shape)
         found[term, name] = Place(parts, False) if axes else place
     return found
+
+
+def _check_mark(
+    name: str | None, marked: Any, place: Place, output: Output, shape: Sequence[int]
+) -> None:
+    """Raise an `InputError` for a mark that puts a name elsewhere than where it is known to be."""
+    known = place.parts or ()
+    followed = not place.mixed and all(p.through is None for p in known)
+    size, own = (math.prod(p.size for p in parts) for parts in (known, marked))
+    if followed and size == own > 1 and marked != known:
+        where = " and ".join(dict.fromkeys(str(p.axis) for p in known if p.axis >= 0))
+        raise InputError(
+            f"activation must not call an axis {name!r} that is another one: at "
+            f"{line_of(output.eqn)} the names are {output.names} for a shape {tuple(shape)}, and "
+            f"{name!r} is {f'axis {where}' if where else 'a loop'}"
+        )
 
 
 def _mask(output: Output, z: Array) -> jax.Array | None:

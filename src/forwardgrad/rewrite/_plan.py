@@ -32,6 +32,7 @@ from forwardgrad.rewrite._primitives import (
     scan_counts,
 )
 from forwardgrad.rewrite._trace import is_inexact
+from forwardgrad.rewrite._workers import collectives
 
 LATER, MARKED = "a later layer uses it", "it becomes a marked activation"
 OPEN = "errors come to it without a matrix"
@@ -112,6 +113,7 @@ class Plan:
         self.flow = NamedAxes(closed)
         self.flow.run(jaxpr, places_of_terms(jaxpr, axes))
         self.uses = _uses(jaxpr)
+        self.collectives = collectives(jaxpr)
         self.layers: dict[int, Layer] = {}
         self.outputs: dict[Var, Output] = {}
         self.while_loops: list[JaxprEqn] = []

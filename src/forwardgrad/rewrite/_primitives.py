@@ -31,6 +31,9 @@ CUSTOM_JVP, CUSTOM_VJP, SHARD_MAP = "custom_jvp_call", "custom_vjp_call", "shard
 
 BRANCHES = ("cond", "while")
 
+NO_COLLECTIVES = ("axis_index", "pvary")
+"""They name an axis of workers, but exchange nothing along it."""
+
 SCATTERS = ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
 
 OF_ENTRIES = ("reduce", "reduce_window", *SCATTERS)

@@ -31,6 +31,7 @@ from forwardgrad.rewrite._rows import Lookup, lookups
 from forwardgrad.rewrite._stages import Stage, after, is_lasting, stages
 from forwardgrad.rewrite._trace import inline, trace
 from forwardgrad.rewrite._walk import Roles, Sketch
+from forwardgrad.rewrite._workers import collectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,11 @@ class Program:
             flow.run(self._closed.jaxpr, [None] * self._outputs)
             self._towards[variable] = flow.found
         return self._towards[variable]
+
+    @functools.cached_property
+    def collectives(self) -> frozenset[str]:
+        """The axes along which workers exchange what they compute."""
+        return collectives(self._closed.jaxpr)
 
     @functools.cached_property
     def lookups(self) -> dict[int, Lookup]:

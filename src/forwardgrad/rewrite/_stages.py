@@ -1,6 +1,7 @@
 """Stages of a program: parts that no derivative connects, to be finished one after another."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from forwardgrad._errors import InputError
 from forwardgrad.rewrite._flow import Influence
 from forwardgrad.rewrite._primitives import line_of
 from forwardgrad.rewrite._trace import inline
+from forwardgrad.rewrite._workers import varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Stage:
 
 
 def is_lasting(effect: object) -> bool:
-    """Whether an effect is on anything but an array of the program's own."""
-    return not type(effect).__module__.endswith("state.types")
+    """Whether an effect is on anything but an array of the program's own, or a mesh's axis."""
+    kind = type(effect)
+    return not (kind.__module__.endswith("state.types") or kind.__name__ == "NamedAxisEffect")
 
 
 def stages(jaxpr: Jaxpr, influence: Influence) -> list[Stage]:
@@ -108,15 +111,18 @@ def after(results: Any, arrays: Sequence[Any]) -> list[Any]:
     """`arrays`, but for XLA not to be had before `results`.
 
     It adds a zero that is computed from them. An `optimization_barrier` is gone when XLA decides
-    what to do first.
+    what to do first. What workers of a `shard_map` share does not wait for what they do not.
     """
     leaves = [leaf for leaf in jax.tree.leaves(results) if leaf.size and _is_number(leaf)]
-    if not leaves:
-        return list(arrays)
-    one_of_each = sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves)
-    bits = jax.lax.bitcast_convert_type(one_of_each, jnp.int32)
-    zero = jnp.minimum(jnp.maximum(bits, 0), 0)
-    return [a + zero.astype(a.dtype) if _is_number(a) else a for a in arrays]
+
+    @functools.cache
+    def zero(axes):
+        firsts = [leaf.reshape(-1)[0] for leaf in leaves if varying(leaf) <= axes]
+        one_of_each = sum([first.astype(jnp.float32) for first in firsts], start=jnp.zeros(()))
+        bits = jax.lax.bitcast_convert_type(one_of_each, jnp.int32)
+        return jnp.minimum(jnp.maximum(bits, 0), 0)
+
+    return [a + zero(varying(a)).astype(a.dtype) if _is_number(a) else a for a in arrays]
 
 
 def _is_number(array: Any) -> bool:

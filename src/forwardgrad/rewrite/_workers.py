@@ -1,0 +1,78 @@
+"""Workers of a `shard_map`: along which axes of its mesh values differ, and sums over them.
+
+What a worker computes may reach the losses of others by a collective. Each has then to perturb
+apart, and to know how the losses of all change.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+from jax.extend.core import Jaxpr
+
+from forwardgrad._errors import InputError
+from forwardgrad.rewrite._primitives import NO_COLLECTIVES, SHARD_MAP, programs
+
+
+def collectives(jaxpr: Jaxpr) -> frozenset[str]:
+    """The axes along which workers exchange what they compute, around a program."""
+    found: set[str] = set()
+    for eqn in jaxpr.eqns:
+        own = set().union(*[collectives(program.jaxpr) for program in programs(eqn)])
+        if eqn.primitive.name == SHARD_MAP:
+            own -= {*eqn.params["mesh"].axis_names}
+        if eqn.primitive.name not in NO_COLLECTIVES:
+            given = [eqn.params.get("axes", ()), eqn.params.get("axis_name", ())]
+            names = [(g,) if isinstance(g, str) else tuple(g or ()) for g in given]
+            own.update(name for group in names for name in group if isinstance(name, str))
+        found |= own
+    return frozenset(found)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The axes along which workers may have different values of an array, as far as types tell."""
+    aval = x if isinstance(x, ShapedArray) else jax.typeof(x)
+    return frozenset(aval.manual_axis_type.varying)
+
+
+def varying_alike(arrays: Sequence[Any]) -> list[Any]:
+    """Arrays that all vary along the axes that one of them varies along."""
+    axes = frozenset().union(*map(varying, arrays))
+    missing = [tuple(sorted(axes - varying(a))) for a in arrays]
+    pairs = zip(arrays, missing, strict=True)
+    return [jax.lax.pcast(a, names, to="varying") if names else a for a, names in pairs]
+
+
+def untyped(axes: Iterable[str]) -> frozenset[str]:
+    """Those axes about which types say nothing: with `check_vma=False`, or of a `vmap`."""
+    return frozenset(axis for axis in axes if axis not in varying(jax.lax.axis_index(axis)))
+
+
+def summed_change(change: jax.Array, like: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The change of all workers' losses that `like` causes, by that of one worker's.
+
+    `axes` are those by which it reaches others. A value that is one for several workers changes
+    the losses of all of them.
+    """
+    own = varying(change)
+    names = (own - varying(like)) | (own & axes) | untyped(axes)
+    return jax.lax.psum(change, tuple(sorted(names))) if names else change
+
+
+def key_of_worker(key: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """A random key for each worker along some axes."""
+    for axis in sorted(axes):
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
+
+
+def check_typed(axes: Iterable[str], estimator: str) -> None:
+    """Raise an `InputError` where types do not say whether workers share a value."""
+    unknown = ", ".join(map(repr, sorted(untyped(axes))))
+    if unknown:
+        raise InputError(
+            f"fun must not exchange anything along {unknown}, because "
+            f"{estimator} cannot know there which parameters workers share: leave check_vma of "
+            "jax.shard_map at True, or average values and gradients outside of fun"
+        )

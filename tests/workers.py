@@ -1,0 +1,228 @@
+"""Four workers of a `shard_map`, for `test_workers.py`, which runs this with four devices.
+
+Gradients of different workers are added up as those of `jax.grad` have to be: along the axes that
+they vary along. The sum is compared with the gradient that one device has.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as S
+
+import forwardgrad as fg
+
+X, Y = (jax.random.normal(jax.random.key(i), (8, n)) for i, n in enumerate((3, 2)))
+IDS = jnp.array([0, 1, 1, 2, 0, 3, 3, 2])
+SHAPES = {"a": (3, 8), "b": (8, 4), "bias": (4,), "c": (4, 2), "table": (6, 3)}
+WEIGHTS = {
+    name: 0.5 * jax.random.normal(jax.random.key(7 + i), shape)
+    for i, (name, shape) in enumerate(SHAPES.items())
+}
+RANDOM = {
+    "weight": fg.WeightPerturbation(tangents=2),
+    "last exact": fg.WeightPerturbation(exact_last=True, structure="dense"),
+    "orthogonal": fg.WeightPerturbation(tangents=3, orthogonal=True),
+    "activity": fg.ActivityPerturbation(),
+    "activity, in chunks": fg.ActivityPerturbation(tangents=4, chunk=2),
+}
+
+
+def network(w, x, ids, before=lambda h: h, product=jnp.matmul):
+    h = jnp.tanh(before((x + w["table"][ids]) @ w["a"]))
+    return jnp.tanh(product(h, w["b"]) + w["bias"]) @ w["c"]
+
+
+def squares(out, y):
+    return fg.Losses([jnp.sum((out - y) ** 2, axis=1)], [("example",)])
+
+
+def mean_of(axis):
+    return (lambda h: jax.lax.pmean(h, axis)) if axis else (lambda h: h)
+
+
+# Losses by examples, all of which one device or each worker along `axis` has its share of.
+
+
+def alone(w, x, y, ids, axis=None):
+    del axis
+    return squares(network(w, x, ids), y)
+
+
+def mean_of_all(w, x, y, ids, axis=None):
+    return mean_of(axis)(squares(network(w, x, ids), y).total())
+
+
+def normalised_together(w, x, y, ids, axis=None):
+    def normalised(h):
+        centred = h - mean_of(axis)(jnp.mean(h, axis=0))
+        return centred / jnp.sqrt(0.1 + mean_of(axis)(jnp.mean(centred**2, axis=0)))
+
+    return squares(network(w, x, ids, before=normalised), y)
+
+
+def contrasted(w, x, y, ids, axis=None):
+    z = network(w, x, ids)
+    everybody = jax.lax.all_gather(z, axis, tiled=True) if axis else z
+    losses = jax.nn.logsumexp(z @ everybody.T, axis=1) - jnp.sum(z * y, axis=1)
+    return fg.Losses([losses], [("example",)])
+
+
+def block_by_block(w, x, y, ids, axis=None):
+    h = jnp.tanh((x + w["table"][ids]) @ w["a"])
+    first = squares(h[:, :2], y)
+    h = jax.lax.stop_gradient(h - mean_of(axis)(jnp.mean(h, axis=0)))
+    second = squares(jnp.tanh(h @ w["b"] + w["bias"]) @ w["c"], y)
+    return fg.Losses([*first.terms, *second.terms], [("example",)] * 2)
+
+
+def value(losses):
+    return losses.total() if isinstance(losses, fg.Losses) else losses
+
+
+def total(tree, like=None):
+    """The sum of all workers' gradients; those of sharded weights are whole by themselves."""
+
+    def of(grad, spec):
+        names = jax.typeof(grad).manual_axis_type.varying - {n for n in spec if n}
+        return jax.lax.psum(grad, tuple(names)) if names else grad
+
+    return jax.tree.map(of, tree, like or jax.tree.map(lambda _: S(), tree))
+
+
+def flat(tree):
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def assert_unbiased(gradient, expected, name):
+    """Within five standard errors in every entry."""
+    keys = jax.random.split(jax.random.key(3), 400)
+    each = jax.jit(lambda keys: jax.lax.map(lambda k: flat(gradient(k)), keys, batch_size=200))
+    drawn = np.asarray(each(keys), float)
+    error = drawn.std(0) / np.sqrt(len(drawn)) + 1e-4 * np.abs(expected).max()
+    worst = np.max(np.abs(drawn.mean(0) - expected) / error)
+    assert worst < 5, f"{name}: {worst:.1f} standard errors"
+
+
+def data_parallel(fun):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    exact = flat(jax.grad(lambda w: value(fun(w, X, Y, IDS)))(WEIGHTS))
+    # Of a mean of what workers have the sum of, a quarter.
+    exact = np.asarray(exact / 4 if fun is mean_of_all else exact)
+    names = ("weight", "last exact", "activity", "activity, in chunks")
+    for own in (False, True):
+        for name in names if own else names[:3]:
+            estimator = RANDOM[name]
+
+            def step(key, w, x, y, ids, own=own, estimator=estimator):
+                key = jax.random.fold_in(key, jax.lax.axis_index("data")) if own else key
+                gradient = fg.value_and_grad(lambda w: fun(w, x, y, ids, axis="data"), estimator)
+                return total(gradient(w, key=key)[1])
+
+            specs = (S(), S(), S("data"), S("data"), S("data"))
+            of_all = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=S())
+            of = lambda key, f=of_all: f(key, WEIGHTS, X, Y, IDS)  # noqa: E731
+            assert_unbiased(of, exact, f"{fun.__name__}, {name}, {own}")
+
+
+def sharded_weights():
+    """Shards of one weight, by one key for all workers, have tangents of their own."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    places = {**dict.fromkeys(WEIGHTS, S()), "a": S(None, "model"), "b": S("model", None)}
+    exact = np.asarray(flat(jax.grad(lambda w: value(alone(w, X, Y, IDS)))(WEIGHTS)))
+    product = lambda h, w: jax.lax.psum(h @ w, "model")  # noqa: E731
+    for name, estimator in RANDOM.items():
+
+        def step(key, w, x, y, ids, estimator=estimator):
+            fun = lambda w: squares(network(w, x, ids, product=product), y).total()  # noqa: E731
+            return total(fg.value_and_grad(fun, estimator)(w, key=key)[1], places)
+
+        specs = (S(), places, S("data"), S("data"), S("data"))
+        of_all = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=places)
+        assert_unbiased(lambda key, f=of_all: f(key, WEIGHTS, X, Y, IDS), exact, name)
+
+
+def heads_of_workers():
+    """Each worker has a head of its own on the same features, before a block that all share."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    weights = {**WEIGHTS, "heads": jax.random.normal(jax.random.key(2), (2, 8, 2))}
+    places = {**dict.fromkeys(WEIGHTS, S()), "heads": S("model")}
+
+    def fun(w, x, y, ids, heads):
+        h = jnp.tanh((x + w["table"][ids]) @ w["a"])
+        first = jnp.sum((jnp.einsum("bi,mio->mbo", h, heads) - y) ** 2, axis=(0, 2))
+        h = jax.lax.stop_gradient(h)
+        second = jnp.sum((jnp.tanh(h @ w["b"] + w["bias"]) @ w["c"] - y) ** 2, axis=1)
+        return fg.Losses([first, second], [("example",)] * 2)
+
+    def of_all_workers(w):
+        first, second = fun(w, X, Y, IDS, w["heads"]).terms
+        return jnp.sum(first) + 2 * jnp.sum(second)
+
+    exact = jax.grad(of_all_workers)(weights)
+    for name, estimator in RANDOM.items():
+
+        def step(key, w, x, y, ids, estimator=estimator):
+            losses = lambda w: fun(w, x, y, ids, w["heads"])  # noqa: E731
+            return total(fg.value_and_grad(losses, estimator)(w, key=key)[1], places)
+
+        specs = (S(), places, S("data"), S("data"), S("data"))
+        of_all = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=places)
+        of = lambda key, f=of_all: f(key, weights, X, Y, IDS)  # noqa: E731
+        assert_unbiased(of, np.asarray(flat(exact)), name)
+
+
+def feedback():
+    """What has no noise has the same gradient as on one device, with types and without."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    for estimator in (fg.FeedbackAlignment(), fg.DirectFeedbackAlignment()):
+        for fun in (alone, block_by_block, normalised_together):
+            right = fg.value_and_grad(fun, estimator)(WEIGHTS, X, Y, IDS)[1]
+            for typed in (True, False):
+
+                def step(w, x, y, ids, fun=fun, typed=typed, estimator=estimator):
+                    gradient = fg.value_and_grad(lambda w: fun(w, x, y, ids, "data"), estimator)
+                    grads = gradient(w)[1]
+                    return total(grads) if typed else jax.lax.psum(grads, "data")
+
+                specs = (S(), S("data"), S("data"), S("data"))
+                of_all = jax.shard_map(
+                    step, mesh=mesh, in_specs=specs, out_specs=S(), check_vma=typed
+                )
+                found = jax.jit(of_all)(WEIGHTS, X, Y, IDS)
+                for leaf, own in zip(*map(jax.tree.leaves, (right, found)), strict=True):
+                    np.testing.assert_allclose(own, leaf, rtol=1e-3, atol=1e-3)
+
+
+def untyped():
+    """Without types activities are still right; that weights may be shared cannot be known."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    exact = jax.grad(lambda w: value(normalised_together(w, X, Y, IDS)))(WEIGHTS)
+
+    def by(estimator, fun):
+        def step(key, w, x, y, ids):
+            gradient = fg.value_and_grad(lambda w: fun(w, x, y, ids, "data"), estimator)
+            return jax.lax.psum(gradient(w, key=key)[1], "data")
+
+        specs = (S(), S(), S("data"), S("data"), S("data"))
+        of_all = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=S(), check_vma=False)
+        return lambda key: of_all(key, WEIGHTS, X, Y, IDS)
+
+    of = by(fg.ActivityPerturbation(), normalised_together)
+    assert_unbiased(of, np.asarray(flat(exact)), "activity")
+    exact = jax.grad(lambda w: value(alone(w, X, Y, IDS)))(WEIGHTS)
+    assert_unbiased(by(fg.WeightPerturbation(), alone), np.asarray(flat(exact)), "weight")
+    with pytest.raises(fg.InputError, match="check_vma"):
+        by(fg.WeightPerturbation(), normalised_together)(jax.random.key(0))
+
+
+PARALLEL = (alone, mean_of_all, normalised_together, contrasted, block_by_block)
+SCENARIOS = {f.__name__: (lambda f=f: data_parallel(f)) for f in PARALLEL}
+OTHERS = (sharded_weights, heads_of_workers, feedback, untyped)
+SCENARIOS |= {f.__name__: f for f in OTHERS}
+
+if __name__ == "__main__":
+    SCENARIOS[sys.argv[1]]()
