@@ -437,3 +437,40 @@ def test_an_unknown_axis_of_examples():
         r".*test_activity_perturbation.py:\d+.*; mark it there with forwardgrad.activation"
     ):
         fg.value_and_grad(fun, fg.ActivityPerturbation())(w, key=KEYS[0])
+
+
+def marked_as(*names, width=None):
+    """Losses whose hidden activations, one for each example and unit, are marked."""
+
+    def fun(w):
+        hidden = fg.activation((X @ w["first"])[:, :width], *names)
+        return by_example(jnp.tanh(hidden) @ w["last"][:width])
+
+    return fun
+
+
+def test_a_mark_that_contradicts_the_program():
+    """Here axis 1 is as long as the examples' axis, so that no size gives the mistake away."""
+    w = weights_of(first=(4, len(X)), last=(len(X), 2))
+    step = lambda fun: fg.value_and_grad(fun, fg.ActivityPerturbation())(w, key=KEYS[0])  # noqa: E731
+    with fails("'example' that is another one.*'unit', 'example'.*'example' is axis 0"):
+        step(marked_as("unit", "example"))
+    with fails("must be as long"):
+        step(marked_as("example", "example"))
+    step(marked_as("example", "unit"))
+    step(marked_as("another", "unit"))
+
+    def one_by_one(w):
+        losses = jax.lax.map(lambda x: jnp.sum(fg.activation(x @ w["first"], "example") ** 2), X)
+        return fg.Losses([losses], [("example",)])
+
+    with fails("'example' is a loop"):
+        step(lambda w: fg.Losses(one_by_one({"first": jnp.tanh(w["first"])}).terms, [("example",)]))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("names", [("example",), ("example", None), ("example", ["unit"]), (0, 1)])
+def test_marks_that_are_no_names(names):
+    w = weights_of(first=(4, 5), last=(5, 2))
+    with fails("activation must name every axis by a string"):
+        fg.value_and_grad(marked_as(*names), fg.Backpropagation())(w)

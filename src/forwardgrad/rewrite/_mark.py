@@ -1,5 +1,6 @@
 """What a model says of itself: the names of an activation's axes, rules that may be left out."""
 
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Inexact
@@ -14,9 +15,10 @@ def activation(z: Inexact[Array, "..."], *axes: str) -> Inexact[Array, "..."]:
     """`z`, marked as an activation, with the names of its axes.
 
     Without marks, every layer's output is an activation, and where in it the losses' axes are is
-    followed back through the program. A mark says it instead: an entry is taken to influence those
-    losses alone that have the same place along axes of the same name. Axes of the losses that it
-    does not name are followed as without.
+    followed back through the program. A mark says it instead, and is believed: an entry is taken to
+    influence those losses alone that have the same place along axes of the same name, and where
+    that is not so, the estimate is biased. Axes of the losses that it does not name are followed
+    as without.
 
     **Arguments:**
 
@@ -30,13 +32,15 @@ def activation(z: Inexact[Array, "..."], *axes: str) -> Inexact[Array, "..."]:
 
     **Raises:**
 
-    `InputError` if there are not as many names as axes.
+    `InputError` if there are not as many names as axes, or one is no string; while it is
+    differentiated, if the losses' axis of a name is known to be another one here.
     """
-    if len(axes) != z.ndim:
+    if len(axes) != jnp.ndim(z) or not all(isinstance(name, str) for name in axes):
         raise InputError(
-            f"activation must name every axis, got {len(axes)} names {axes} for a shape {z.shape}"
+            f"activation must name every axis by a string, got {len(axes)} names {axes} for a "
+            f"shape {jnp.shape(z)}"
         )
-    return mark_p.bind(z, names=axes)
+    return mark_p.bind(jnp.asarray(z), names=axes)
 
 
 def _batch(args, dims, *, names):
