@@ -86,8 +86,15 @@ class Rows:
         return np.asarray(image.convert(self.mode)).reshape(self.image_shape)
 
 
-def train_and_test(train: Table, test: Table) -> tuple[Rows, Rows, tuple[str, ...]]:
+def train_and_test(
+    train: Table, test: Table, label_column: str | None = None
+) -> tuple[Rows, Rows, tuple[str, ...]]:
     """Rows of both splits, with the same kind of images and the same classes.
+
+    **Arguments:**
+
+    - `train`, `test`: the tables.
+    - `label_column`: the column of the labels, where it is not to be found.
 
     **Returns:**
 
@@ -101,7 +108,8 @@ def train_and_test(train: Table, test: Table) -> tuple[Rows, Rows, tuple[str, ..
     for table in (train, test):
         if not len(table.rows):
             raise no_rows(table.where)
-    train_labels, test_labels = _labels(train), _labels(test)
+    train_labels = _labels(train, label_column)
+    test_labels = _labels(test, label_column, train_labels.classes)
     classes = _classes(train, train_labels, test_labels)
     for table, labels in ((train, train_labels), (test, test_labels)):
         _check_range(table, labels, len(classes))
@@ -164,31 +172,49 @@ def _is_bare_image(feature: Any) -> bool:
     return isinstance(content, datasets.Value) and content.dtype in ("binary", "large_binary")
 
 
-def _labels(table: Table) -> Labels:
-    """The labels of a table: its first column of classes, else its column of integers."""
-    features = table.rows.features
-    column = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
-    classes = None if column is None else tuple(features[column].names)
-    column = column or _integer_column(table)
-    # A missing label counts as -1, which marks unlabelled data on the hub.
-    values = table.rows.data.column(column).cast("int64", safe=False).fill_null(-1).to_numpy()
-    return Labels(values, classes)
+def _labels(table: Table, column: str | None, names: tuple[str, ...] | None = None) -> Labels:
+    """The labels of a table, in a column of classes, of integers, or of names.
 
-
-def _integer_column(table: Table) -> str:
-    integers = [name for name, f in table.rows.features.items() if _is_integer(f)]
-    named = [name for name in _LABEL_NAMES if name in table.rows.features]
-    if named and named[0] in integers:
-        return named[0]
-    if named:
+    `names` are the classes of the training split, for a column of names.
+    """
+    column = column or _label_column(table)
+    feature = table.rows.features.get(column)
+    named = isinstance(feature, datasets.ClassLabel)
+    if not (named or _is_text(feature) or _is_integer(feature)):
         raise InputError(
-            f"column {named[0]!r} of {table.where} does not hold labels: expected integers or "
+            f"column {column!r} of {table.where} does not hold labels: expected integers, names or "
             f"classes (it has {_columns(table)})"
         )
+    cells = table.rows.data.column(column)
+    if _is_text(feature):
+        texts = cells.to_pylist()
+        classes = names or tuple(sorted({*texts} - {None}))
+        place = {name: i for i, name in enumerate(classes)}
+        return Labels(np.array([place.get(text, -1) for text in texts], np.int64), classes)
+    # A missing label counts as -1, which marks unlabelled data on the hub.
+    values = cells.cast("int64", safe=False).fill_null(-1).to_numpy()
+    return Labels(values, tuple(feature.names) if named else None)
+
+
+def _label_column(table: Table) -> str:
+    """`label` or `labels`, else the first column of classes, else the only one of integers."""
+    features = table.rows.features
+    classes = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    named = [name for name in _LABEL_NAMES if name in (classes or features)]
+    integers = [name for name, f in features.items() if _is_integer(f)]
+    if named or classes:
+        return (named or classes)[0]
     if len(integers) == 1:
         return integers[0]
     problem = "more than one column that could be" if integers else "no column of"
-    raise InputError(f"{table.where} has {problem} labels (it has {_columns(table)})")
+    raise InputError(
+        f"{table.where} has {problem} labels; --label-column or label_column= names one "
+        f"(it has {_columns(table)})"
+    )
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
 def _is_integer(feature: Any) -> bool:

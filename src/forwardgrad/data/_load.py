@@ -43,7 +43,11 @@ NAMES: tuple[str, ...] = ("digits", *_HUB)
 
 
 def load(
-    name: str, data_dir: Path | str | None = None, *, resident_limit: int = RESIDENT_LIMIT
+    name: str,
+    data_dir: Path | str | None = None,
+    *,
+    label_column: str | None = None,
+    resident_limit: int = RESIDENT_LIMIT,
 ) -> Dataset:
     """A data set of labelled images, from a file, a folder or the Hugging Face hub.
 
@@ -56,10 +60,13 @@ def load(
 
     - `name`: one of `NAMES`; the name of a data set on the Hugging Face hub (`"owner/name"`); or
         a local folder that holds `train.parquet` and `test.parquet` in the hub's schema, or
-        folders `train` and `test` with a folder of images for each class. `"digits"` comes with
+        folders `train` and `test` with a folder of images for each class, or what was downloaded
+        from the hub. Where there is no `test`, it is `validation`. `"digits"` comes with
         scikit-learn and needs no file.
     - `data_dir`: a folder that holds `NAME/train.parquet` and `NAME/test.parquet`. Default: the
         environment variable `FORWARDGRAD_DATA`. With it the hub is never asked.
+    - `label_column`: the column of the labels. Default: `label` or `labels`, else the first
+        column of classes, else the only column of integers.
     - `resident_limit`: in bytes.
 
     **Returns:**
@@ -78,8 +85,10 @@ def load(
     """
     folder = _data_folder(data_dir)
     if name == "digits":
+        if label_column is not None:
+            raise InputError(f"label_column (={label_column!r}) is not for dataset 'digits'")
         return digits()
-    train, test, classes = train_and_test(*_tables(name, folder))
+    train, test, classes = train_and_test(*_tables(name, folder), label_column)
     decoded = (len(train) + len(test)) * math.prod(train.image_shape)
     split = _resident if decoded <= resident_limit else _streamed
     (train_split, sample), (test_split, _) = split(train), split(test)
@@ -114,7 +123,7 @@ def _tables(name: str, data_dir: Path | None) -> tuple[Table, Table]:
     local = Path(os.path.expanduser(name))  # unlike the method, leaves an unknown user be
     on_hub = name in _HUB or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
     if data_dir is not None and name and (data_dir / name).is_dir():
-        return from_folder(data_dir / name)
+        return from_folder(data_dir / name, _HUB[name].test_split if name in _HUB else None)
     if name and name not in _HUB and local.is_dir():
         return from_folder(local)
     if on_hub and data_dir is not None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import datasets.config
@@ -21,7 +22,7 @@ from forwardgrad._errors import InputError
 
 # Seconds before a hub that does not answer counts as out of reach.
 _HUB_TIMEOUT = 5.0
-_TEST_SPLITS = ("test", "validation", "valid")
+_TEST_SPLITS = ("test", "validation", "valid", "val")
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,36 @@ class Table:
     where: str
 
 
-def from_folder(folder: Path) -> tuple[Table, Table]:
-    """Train and test of a folder of `{train,test}.parquet` or of `{train,test}/CLASS/IMAGE`.
+def from_folder(folder: Path, test_split: str | None = None) -> tuple[Table, Table]:
+    """Train and test of a folder.
+
+    It holds `{train,test}.parquet`, or `{train,test}/CLASS/IMAGE`, or parquet files as the hub has
+    them, with or without its README.
+
+    **Arguments:**
+
+    - `folder`: the folder.
+    - `test_split`: as for `from_hub`.
 
     **Raises:**
 
-    `InputError` if it is neither, or a file is missing, empty, truncated or unreadable.
+    `InputError` if it is none of these, or a file is missing, empty, truncated or unreadable.
     """
-    if any((folder / f"{split}.parquet").exists() for split in ("train", "test")):
-        return from_parquet(folder / "train.parquet"), from_parquet(folder / "test.parquet")
-    if any((folder / split).is_dir() for split in ("train", "test")):
-        return from_images(folder / "train"), from_images(folder / "test")
+    for ending, read in ((".parquet", from_parquet), ("", from_images)):
+        paths = {split: folder / f"{split}{ending}" for split in ("train", *_TEST_SPLITS)}
+        found = [split for split, path in paths.items() if path.exists()]
+        # A folder called train may also hold shards of parquet.
+        there = [split for split in found if not any(paths[split].glob("*.parquet"))]
+        if there:
+            test = next((split for split in there if split != "train"), "test")
+            return read(paths["train"]), read(paths[test])
+    if next(folder.rglob("*.parquet"), None):
+        try:
+            with _quiet(), _offline():
+                splits = _load(str(folder.absolute()))
+        except Exception as error:  # readers, README and cache each have their own classes
+            raise InputError(f"folder {folder} cannot be loaded: {_reason(error)}") from error
+        return _chosen(splits, test_split, f"folder {folder}", str(folder))
     raise InputError(
         f"folder {folder} holds no data set: put train.parquet and test.parquet there, "
         "or folders train and test with a folder of images for each class"
@@ -81,7 +101,7 @@ def _read(builder: str, source: Path, files: Path) -> Table:
     try:
         # Online, even a local file makes `datasets` report to the hub that it is being read.
         with _quiet(), _offline():
-            rows = datasets.load_dataset(builder, data_files={"train": pattern}, split="train")
+            rows = _load(builder, data_files={"train": pattern}, split="train")
     except Exception as error:  # readers, decompressors and the cache each have their own classes
         raise InputError(
             f"{source} cannot be loaded as {builder} through the cache "
@@ -111,18 +131,29 @@ def from_hub(name: str, repository: str, test_split: str | None = None) -> tuple
         reachable = _hub_has(repository)
         try:
             with contextlib.nullcontext() if reachable else _offline():
-                splits = datasets.load_dataset(repository)
+                splits = _load(repository)
         except Exception as error:  # network, disk, parser: each has its own classes
             raise _hub_error(name, repository, reachable, error) from error
-    test = test_split or next((s for s in _TEST_SPLITS if s in splits), "test")
+    return _chosen(splits, test_split, f"dataset {name!r} on the Hugging Face hub", repository)
+
+
+def _chosen(
+    splits: datasets.DatasetDict, test_split: str | None, what: str, where: str
+) -> tuple[Table, Table]:
+    """The train split, and of the others the given one, or the first that is for tests."""
+    test = next((s for s in (test_split, *_TEST_SPLITS) if s in splits), "test")
     missing = [split for split in ("train", test) if split not in splits]
     if missing:
-        raise InputError(
-            f"dataset {name!r} has no split {missing[0]!r} on the Hugging Face hub, "
-            f"only {', '.join(map(str, splits))}"
-        )
-    train, test = (Table(splits[s], f"split {s!r} of {repository}") for s in ("train", test))
+        raise InputError(f"{what} has no split {missing[0]!r}, only {', '.join(map(str, splits))}")
+    train, test = (Table(splits[s], f"split {s!r} of {where}") for s in ("train", test))
     return train, test
+
+
+def _load(*arguments: str, **options: Any) -> Any:
+    """`datasets.load_dataset`, once it is known that there is a place for its cache."""
+    if str(datasets.config.HF_DATASETS_CACHE).startswith("~"):
+        raise InputError("no home folder is known for the cache of data sets: set HOME or HF_HOME")
+    return datasets.load_dataset(*arguments, **options)
 
 
 def _hub_has(repository: str) -> bool:
