@@ -18,8 +18,18 @@ from rich.console import Console
 
 from data_helpers import write_pair
 from forwardgrad import InputError, data
-from forwardgrad.training import Interrupted, TrainConfig, _feeds, _loop, _run, fit, load_run
+from forwardgrad.training import (
+    Interrupted,
+    TrainConfig,
+    _feeds,
+    _folder,
+    _loop,
+    _run,
+    fit,
+    load_run,
+)
 from forwardgrad.training._checkpoint import Checkpoints
+from forwardgrad.training._interrupt import StopRequest
 from forwardgrad.training._run import Run
 
 STEPS = 1437 // 64
@@ -137,7 +147,7 @@ def test_the_length_of_chunks_changes_no_bit(whole, tmp_path, monkeypatch, secon
     assert bits(tmp_path / "run") == bits(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint(whole, tmp_path, monkeypatch, number):
     out = tmp_path / "run"
     before = signal.getsignal(number)
@@ -153,7 +163,9 @@ def test_a_signal_leaves_a_checkpoint(whole, tmp_path, monkeypatch, number):
 
 def test_a_streamed_run_resumes_with_the_same_bits(tmp_path, monkeypatch):
     folder = write_pair(tmp_path / "set", train=60, test=20)
-    monkeypatch.setattr(_run, "load", lambda name, where: data.load(name, where, resident_limit=0))
+    monkeypatch.setattr(
+        _run, "load", lambda name, where, **_: data.load(name, where, resident_limit=0)
+    )
     monkeypatch.setattr(_feeds, "STACK", 3)
     settings = {"dataset": str(folder), "batch_size": 8, "epochs": 4, "log_every": 5}
     fit(small(tmp_path / "whole", **settings))
@@ -257,6 +269,68 @@ def test_damaged_metrics(copied):
         (copied / "metrics.jsonl").write_text(content)
         with fails(f"metrics.jsonl is damaged: .*({match})"):
             fit(small(copied, resume=True))
+
+
+HOLD = """
+import sys, time, filelock
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_has_one_process_at_a_time(whole, halfway):
+    """The lock of a process that is dead does not hold."""
+    before = {f: f.read_bytes() for f in halfway.rglob("*") if f.is_file() and f.name != ".lock"}
+    unfinished = halfway / "checkpoints" / "99.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(halfway / ".lock")], stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with fails("out folder .* is in use: another process trains this run now"):
+        fit(small(halfway, resume=True))
+    load_run(halfway)  # may read, and leaves what the other is writing
+    assert unfinished.exists()
+    assert {f: f.read_bytes() for f in before} == before
+    holder.kill()
+    holder.communicate()
+    fit(small(halfway, resume=True))
+    assert bits(halfway) == bits(whole)
+
+
+def test_two_processes_without_a_name_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(SMALL, out=None)
+    folder = _folder.find_folder(config)[0]
+    assert _folder.make_folder(config, folder) == folder
+    assert _folder.make_folder(config, folder) == folder.with_name(f"{folder.name}-2")
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("file", ["manifest.ocdbt", "_METADATA"])
+def test_a_damaged_checkpoint_makes_no_noise(halfway, capfd, file):
+    (checkpoints(halfway)[-1] / "arrays" / file).unlink()
+    assert "is damaged: its contents have changed" in finish(halfway)[1]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_checkpoint_without_digests_is_read(halfway, whole):
+    """A process may have ended between the two."""
+    (checkpoints(halfway)[-1] / "digests.json").unlink()
+    finish(halfway)
+    assert bits(halfway) == bits(whole)
 
 
 def truncate(folder: Path):

@@ -1,4 +1,4 @@
-"""Checkpoints: arrays by Orbax, with a digest, so that damage is noticed."""
+"""Checkpoints: arrays by Orbax, with digests of its files, so that damage is noticed."""
 
 import errno
 import hashlib
@@ -13,11 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from forwardgrad._errors import InputError
-from forwardgrad._files import writing
+from forwardgrad._files import read_json, write_json, writing
 from forwardgrad.training._state import TrainState
 
 KEEP = 2
 """Checkpoints of a run that are kept: the last, and one in case it gets damaged."""
+
+DIGESTS = "digests.json"
 
 SPARE = 2**18
 """Bytes beside the arrays that must be free for a checkpoint: its index, and whole blocks."""
@@ -29,9 +31,10 @@ class Checkpoints:
     **Arguments:**
 
     - `folder`: where they are, or will be.
+    - `reads`: only; another process may be writing.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, reads: bool = False):
         self._folder = folder.absolute()
         # Orbax logs choices that are made for us, and a trace for every error that it raises too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -41,7 +44,8 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=KEEP,
                     enable_async_checkpointing=False,
-                    cleanup_tmp_directories=True,
+                    cleanup_tmp_directories=not reads,
+                    read_only=reads,
                 ),
                 item_names=("arrays", "meta"),
             )
@@ -52,16 +56,17 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         arrays = named_arrays(state)
-        meta = {**progress, "digests": {k: digest(v) for k, v in arrays.items()}}
         with writing(self._folder):
             self._check_space(sum(array.nbytes for array in arrays.values()))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
+                    arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(progress)
                 ),
             )
             self._manager.wait_until_finished()
+        where = self._folder / str(step)
+        write_json(where / DIGESTS, _digests(where))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[int, str]] | None:
         """The newest intact state and what belongs to it; None if none was stored.
@@ -101,8 +106,20 @@ class Checkpoints:
         if shutil.disk_usage(self._folder).free < size + SPARE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def _check(self, where: Path) -> None:
+        """Raise an `InputError` for a damaged checkpoint: Orbax's threads would print traces."""
+        if not (where / DIGESTS).exists():
+            return  # the process ended before it wrote them, and after the checkpoint was whole
+        try:
+            intact = _digests(where) == read_json(where / DIGESTS)
+        except (InputError, OSError) as error:
+            raise InputError(f"checkpoint {where} is damaged: it cannot be read") from error
+        if not intact:
+            raise InputError(f"checkpoint {where} is damaged: its contents have changed")
+
     def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         where = self._folder / str(step)
+        self._check(where)
         try:
             restored = self._manager.restore(
                 step,
@@ -111,12 +128,8 @@ class Checkpoints:
                 ),
             )
             arrays, meta = restored["arrays"], dict(restored["meta"])
-            digests = meta.pop("digests")
-            intact = {k: digest(v) for k, v in arrays.items()} == digests
         except Exception as error:
             raise InputError(f"checkpoint {where} is damaged: it cannot be read") from error
-        if not intact:
-            raise InputError(f"checkpoint {where} is damaged: its contents have changed")
         expected = named_arrays(like)
         if {k: (v.shape, v.dtype) for k, v in expected.items()} != {
             k: (v.shape, v.dtype) for k, v in arrays.items()
@@ -132,6 +145,10 @@ def named_arrays(state: TrainState) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
 
 
-def digest(array: Any) -> str:
-    """The SHA-256 of an array's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint, but for the one that holds them."""
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != DIGESTS
+    }

@@ -1,13 +1,18 @@
 """The folder of a run: whose it is, and whether it may be written."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from forwardgrad._errors import InputError
 from forwardgrad._files import read_json, write_json, writing
 from forwardgrad.training._config import TrainConfig, as_json, differences, from_json
 
 CONFIG, SUMMARY, CHECKPOINTS, CURVES = "config.json", "summary.json", "checkpoints", "curves.png"
+LOCK = ".lock"
 
 
 def find_folder(config: TrainConfig) -> tuple[Path, dict[str, Any] | None]:
@@ -32,6 +37,41 @@ def find_folder(config: TrainConfig) -> tuple[Path, dict[str, Any] | None]:
     if occupied:
         raise InputError(f"out folder {folder} holds files but no {CONFIG}: it is not a run's")
     return folder, None
+
+
+def make_folder(config: TrainConfig, folder: Path) -> Path:
+    """The folder, or the next one if another process has just made the one without a given name."""
+    new = config.out is None and not config.resume
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=not new)
+            return folder
+        except FileExistsError:
+            if not new:
+                raise
+            folder = _choose(config)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the operating system ends this with the process.
+
+    **Raises:**
+
+    `InputError` if another process is at work in it.
+    """
+    with writing(folder):
+        try:
+            lock = filelock.FileLock(folder / LOCK, timeout=0)
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise InputError(
+                f"out folder {folder} is in use: another process trains this run now"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def claim_folder(folder: Path, config: TrainConfig) -> None:

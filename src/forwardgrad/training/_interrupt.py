@@ -21,15 +21,20 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `signum`; a second one has its usual effect."""
+    """While entered, SIGINT, SIGTERM and SIGHUP set `signum`; a second one has its usual effect.
+
+    One that is ignored, as `nohup` has it, stays ignored.
+    """
 
     signum: int | None = None
 
     def __enter__(self) -> Self:
         # Only the main thread may set handlers; elsewhere the caller's own remain.
         main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-        self._previous = {n: signal.signal(n, self._note) for n in numbers}
+        names = ("SIGINT", "SIGTERM", "SIGHUP") if main else ()
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        heard = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {n: signal.signal(n, self._note) for n in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from forwardgrad import __version__
 from forwardgrad._errors import InputError
-from forwardgrad._files import write_json
+from forwardgrad._files import write_json, writing
 from forwardgrad.training._algorithms import resolve
 from forwardgrad.training._checkpoint import Checkpoints
 from forwardgrad.training._config import TrainConfig
@@ -27,6 +27,8 @@ from forwardgrad.training._folder import (
     claim_folder,
     find_folder,
     load_config,
+    locked,
+    make_folder,
 )
 from forwardgrad.training._interrupt import Interrupted, StopRequest
 from forwardgrad.training._metrics import Metrics, read_lines
@@ -70,13 +72,17 @@ def fit(config: TrainConfig, *, console: Console | None = None) -> dict[str, Any
     with Progress(console) as progress:
         progress.note(f"loading {config.dataset} ...")
         run = Run(config)
-        claim_folder(folder, config)
-        session = _Session(config, folder, run, progress)
-        try:
-            session.train()
-            return session.finish()
-        finally:
-            session.close()
+        with writing(folder):
+            folder = make_folder(config, folder)
+        with locked(folder):
+            # Another process may have had it while the data were read.
+            _, finished = find_folder(dataclasses.replace(config, out=folder))
+            if finished is not None:
+                return {**finished, "out": str(folder), "was_finished": True}
+            claim_folder(folder, config)
+            with contextlib.closing(_Session(config, folder, run, progress)) as session:
+                session.train()
+                return session.finish()
 
 
 def load_run(
@@ -116,7 +122,7 @@ def restored(folder: Path, data_dir: Path | str | None) -> tuple[TrainConfig, Ru
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"folder {folder} holds no checkpoint yet")
     run = Run(config)
-    with contextlib.closing(Checkpoints(folder / CHECKPOINTS)) as checkpoints:
+    with contextlib.closing(Checkpoints(folder / CHECKPOINTS, reads=True)) as checkpoints:
         found = checkpoints.restore(run.state)
     if found is None:
         raise InputError(f"folder {folder} holds no checkpoint yet")
