@@ -417,7 +417,7 @@ def test_data_show_reads_files(command):
         ("show --augment none --blur 1", "blur (=1.0) is not a setting of augmentation 'none'"),
         ("show --jitter 2", "jitter must be from 0 to 1, got 2.0"),
         ("show --images 0", "images must be from 1 to 32, got 0"),
-        ("show --seed -1", "seed must not be negative, got -1"),
+        ("show --seed -1", "seed must be from 0 to 4294967295, got -1"),
         ("show --out sheet.jpg", "out must be a file with the ending .png, got sheet.jpg"),
         ("shwo", "data command 'shwo' is unknown; did you mean 'show'"),
     ],

@@ -72,7 +72,8 @@ def same(a, b) -> bool:
     ("settings", "match"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
+        ({"seed": 2**32}, "seed must be from 0 to 4294967295, got 4294967296"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"tangents": 0}, "tangents must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),

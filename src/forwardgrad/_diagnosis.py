@@ -161,7 +161,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-HEADS = ("layer", "parameters", "cosine", "of mean", "bias", "error", "z", "variance/‖g‖²", "SNR")
+HEADS = ("layer", "parameters", "cosine", "of mean", "bias", "error", "z", "variance/|g|^2", "SNR")
 """What the columns of a table are called."""
 
 

@@ -12,6 +12,12 @@ class InputError(ValueError):
     """
 
 
+def check_seed(seed: int) -> None:
+    """Raise an `InputError` for a seed that is another one's twin: JAX takes 32 bits of it."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """An `InputError` for a name that nothing is registered under, with the nearest ones.
 

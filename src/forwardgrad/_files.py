@@ -4,6 +4,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,33 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {path}: {reason}; what was written before is kept, and a run continues "
             "from its last checkpoint with --resume"
         ) from error
+
+
+def local(path: Path, name: str) -> Path:
+    """A path with `~` expanded.
+
+    **Raises:**
+
+    `InputError`, naming the setting `name`, if it is an address, or the home of nobody.
+
+    >>> local(Path("gs://bucket/run"), "out")
+    Traceback (most recent call last):
+    forwardgrad._errors.InputError: out must be a local path, got the address gs:/bucket/run
+    """
+    # Two letters or more: one is a drive.
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.I):
+        raise InputError(f"{name} must be a local path, got the address {path}")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name} (={path}) begins with the home of a user unknown here") from error
+
+
+def discard_output() -> None:
+    """Have what is left of standard output, and what follows, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def write_text(path: Path, text: str) -> None:

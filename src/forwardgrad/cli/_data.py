@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import tyro
-from rich.console import Console
 
+from forwardgrad._console import Console
 from forwardgrad._errors import InputError, unknown_name
 from forwardgrad.augmentation import build
 from forwardgrad.cli._sheet import contact_sheet
+from forwardgrad.cli._surroundings import parse
 from forwardgrad.data import Dataset, ResidentSplit, StreamedSplit, load
 from forwardgrad.experiments._figures import save
 
@@ -50,6 +50,8 @@ class ShowOptions:
     """File of the picture, a PNG; it is replaced if it is there."""
     data_dir: Path | None = None
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
+    label_column: str | None = None
+    """Column of the labels, as for train."""
     least_area: float = 0.2
     """Least area of simclr's crop, as a share of the image's."""
     jitter: float = 0.5
@@ -70,14 +72,12 @@ def data(arguments: Sequence[str]) -> int:
 
 
 def _show(arguments: Sequence[str]) -> int:
-    options = tyro.cli(
-        ShowOptions, prog="forwardgrad data show", description=DESCRIPTION, args=arguments
-    )
+    options = parse(ShowOptions, "forwardgrad data show", arguments, description=DESCRIPTION)
     _check(options)
     augmentation = build(
         options.augment, least_area=options.least_area, jitter=options.jitter, blur=options.blur
     )
-    dataset = load(options.dataset, options.data_dir)
+    dataset = load(options.dataset, options.data_dir, label_column=options.label_column)
     images, labels = _choose(dataset, options.images, options.seed)
     classes = [dataset.classes[label] for label in labels]
     title = f"{options.dataset}, {options.augment}, seed {options.seed}"
@@ -89,8 +89,6 @@ def _show(arguments: Sequence[str]) -> int:
 def _check(options: ShowOptions) -> None:
     if not 1 <= options.images <= MOST_IMAGES:
         raise InputError(f"images must be from 1 to {MOST_IMAGES}, got {options.images}")
-    if options.seed < 0:
-        raise InputError(f"seed must not be negative, got {options.seed}")
     if options.out.suffix.lower() != ".png" or options.out.is_dir():
         raise InputError(f"out must be a file with the ending .png, got {options.out}")
 

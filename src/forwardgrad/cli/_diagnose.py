@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from forwardgrad._console import Console
 from forwardgrad._diagnosis import HEADS, Diagnosis, cells, cost_in_words
+from forwardgrad.cli._surroundings import parse
 from forwardgrad.experiments import DiagnoseOptions, run_diagnose
 
 DESCRIPTION = """Hold an algorithm's gradients against the exact ones, layer by layer.
@@ -25,9 +25,7 @@ examples:
 
 def diagnose(arguments: Sequence[str]) -> int:
     """Diagnose with the options given, and print a table."""
-    options = tyro.cli(
-        DiagnoseOptions, prog="forwardgrad diagnose", description=DESCRIPTION, args=arguments
-    )
+    options = parse(DiagnoseOptions, "forwardgrad diagnose", arguments, description=DESCRIPTION)
     diagnoses = run_diagnose(options)
     table = diagnosis_table(diagnoses)
     console = Console()

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from forwardgrad._console import Console
+from forwardgrad.cli._surroundings import parse
 from forwardgrad.training import fit_readout, readout_file
 
 DESCRIPTION = """Fit a linear readout of the classes on the features of a finished contrastive run.
@@ -36,9 +37,7 @@ class ReadoutOptions:
 
 def readout(arguments: Sequence[str]) -> int:
     """Fit a readout, and say how well it does."""
-    options = tyro.cli(
-        ReadoutOptions, prog="forwardgrad readout", description=DESCRIPTION, args=arguments
-    )
+    options = parse(ReadoutOptions, "forwardgrad readout", arguments, description=DESCRIPTION)
     result = fit_readout(
         options.run,
         data_dir=options.data_dir,

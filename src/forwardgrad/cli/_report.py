@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
+from forwardgrad._console import Console
+from forwardgrad.cli._surroundings import parse
 from forwardgrad.report import write_report
 
 DESCRIPTION = """One page of stored runs: tables, learning curves, cost against accuracy, and the
@@ -25,8 +26,8 @@ class ReportOptions:
 
 def report(arguments: Sequence[str]) -> int:
     """Write the page, and say where it is."""
-    options = tyro.cli(
-        ReportOptions, prog="forwardgrad report", description=DESCRIPTION, args=arguments
+    options = parse(
+        ReportOptions, "forwardgrad report", arguments, description=DESCRIPTION, computes=False
     )
     page = write_report(options.folders, options.out)
     Console(soft_wrap=True).print(

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import tyro
-from rich.console import Console
-
+from forwardgrad._console import Console
 from forwardgrad._errors import unknown_name
+from forwardgrad.cli._surroundings import parse
 from forwardgrad.experiments import COMPARE, EXPERIMENTS, Experiment
 
 
@@ -31,9 +30,7 @@ def compare(arguments: Sequence[str]) -> int:
 
 
 def _run(experiment: Experiment, prog: str, arguments: Sequence[str]) -> int:
-    options = tyro.cli(
-        experiment.options, prog=prog, description=experiment.summary, args=arguments
-    )
+    options = parse(experiment.options, prog, arguments, description=experiment.summary)
     out = experiment.run(options)
     Console(soft_wrap=True).print(f"results and figure: {out}", highlight=False)
     return 0

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-from rich.console import Console
 from rich.table import Table
 
+from forwardgrad._console import Console
+from forwardgrad.cli._surroundings import parse
 from forwardgrad.training import TrainConfig, fit
 
 DESCRIPTION = """Train a network, by default without backpropagation.
@@ -23,12 +23,7 @@ examples:
 
 def train(arguments: Sequence[str]) -> int:
     """Train with the options given, and say what came of it."""
-    config = tyro.cli(
-        TrainConfig,
-        prog="forwardgrad train",
-        description=DESCRIPTION,
-        args=arguments,
-    )
+    config = parse(TrainConfig, "forwardgrad train", arguments, description=DESCRIPTION)
     console = Console()
     summary = fit(config, console=console)
     if summary["was_finished"]:

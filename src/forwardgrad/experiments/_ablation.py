@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
 
+from forwardgrad._console import Console
 from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._files import write_json, write_text
 from forwardgrad._provenance import provenance

@@ -51,6 +51,8 @@ class DiagnoseOptions:
     """K: tangents that an estimate is the average over."""
     out: Path = Path("runs/diagnose")
     """Folder of diagnosis.json and diagnosis.png."""
+    label_column: str | None = None
+    """Column of the labels, as for train."""
     data_dir: Path | None = None
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
 
@@ -95,11 +97,12 @@ _OF_THE_ALGORITHM = ("learning_rate", "momentum", "tangents", "exact_last")
 
 def _settings(options: DiagnoseOptions) -> tuple[TrainConfig, eqx.Module | None]:
     """The settings of train that are meant, and the stored network, if any."""
-    names = ("batch_size", "data_dir", "dataset", "network", "seed", "tangents", "task")
+    names = ("batch_size", "data_dir", "dataset", "label_column", "network")
+    names += ("seed", "tangents", "task")
     given = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
     if options.run is None:
         return TrainConfig(**{"batch_size": BATCH_SIZE, **given}), None
-    for name in ("task", "dataset", "network", "seed"):
+    for name in ("task", "dataset", "label_column", "network", "seed"):
         if name in given:
             raise InputError(f"{name} (={given[name]}) is set by the run in {options.run}")
     config, network = load_run(options.run, data_dir=options.data_dir)

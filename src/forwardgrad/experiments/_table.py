@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from forwardgrad._console import Console
 from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._files import write_json, write_text
 from forwardgrad._provenance import provenance

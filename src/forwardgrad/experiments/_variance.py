@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
-from rich.console import Console
 
+from forwardgrad._console import Console
 from forwardgrad._diagnose import diagnose
 from forwardgrad._diagnosis import Diagnosis
 from forwardgrad._errors import InputError, unknown_name

@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from forwardgrad._errors import InputError, unknown_name
+from forwardgrad._errors import InputError, check_seed, unknown_name
+from forwardgrad._files import local
 
 Task = Literal["supervised", "contrastive"]
 Augment = Literal["none", "crop-flip", "simclr"]
@@ -45,6 +46,8 @@ class TrainConfig:
     """Folder of the run. Default: a new one, runs/[contrastive-]DATASET-NETWORK-ALGORITHM-SEED."""
     data_dir: Path | None = None
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
+    label_column: str | None = None
+    """Column of the labels. Default: label, else the first of classes, or the only of integers."""
     resume: bool = False
     """Continue the run in --out, or start it if there is none."""
 
@@ -119,6 +122,11 @@ class TrainConfig:
     """Seconds between checkpoints."""
 
     def __post_init__(self):
+        check_seed(self.seed)
+        if self.out is not None:
+            object.__setattr__(self, "out", local(self.out, "out"))
+            if not str(self.out).isprintable():  # a name in another encoding too
+                raise InputError(f"out must be a printable name in UTF-8, got {str(self.out)!r}")
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise unknown_name(name, str(getattr(self, name)), get_args(kind))
@@ -126,6 +134,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise InputError(f"{name} must be at least {least}, got {value!r}")
+            if value is not None and value > MOST:
+                raise InputError(f"{name} must be at most {MOST}, got {value!r}")
         for name in ("learning_rate", "clip", "checkpoint_every", "temperature"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -172,10 +182,12 @@ _CHOICES = {
     "structure": Structure,
 }
 
+MOST = 2**31 - 1
+"""The most that an integer of JAX counts."""
+
 _LEAST = {
     "epochs": 1,
     "iterations": 1,
-    "seed": 0,
     "batch_size": 1,
     "accumulate": 1,
     "projection": 1,

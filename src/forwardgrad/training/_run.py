@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from forwardgrad._errors import InputError
 from forwardgrad._losses import Losses
 from forwardgrad.data import Dataset, load
 from forwardgrad.networks import AbstractNetwork, build
 from forwardgrad.training._algorithms import algorithm
-from forwardgrad.training._config import TrainConfig
+from forwardgrad.training._config import MOST, TrainConfig
 from forwardgrad.training._evaluate import make_error
 from forwardgrad.training._feeds import make_feeds
 from forwardgrad.training._inputs import make_inputs
@@ -31,7 +32,7 @@ class Run:
     def __init__(self, config: TrainConfig):
         seed = jax.random.key(config.seed)
         weights_key, order_key, step_key = jax.random.split(seed, 3)
-        self.data = load(config.dataset, config.data_dir)
+        self.data = load(config.dataset, config.data_dir, label_column=config.label_column)
         row = algorithm(config.algorithm)
         network = build_network(config, self.data, weights_key)
         params, self._static = eqx.partition(network, eqx.is_inexact_array)
@@ -43,6 +44,10 @@ class Run:
         self.examples_per_step = config.batch_size * self.inputs.views
         self.keys = (jax.random.fold_in(seed, 0), step_key)
         self.steps = config.iterations or config.epochs * self.steps_per_epoch
+        if self.steps > MOST:
+            raise InputError(
+                f"epochs (={config.epochs}) must make at most {MOST} steps, got {self.steps}"
+            )
         self.learning_rate = schedule(config, self.steps)
         transformation = optimiser(config, self.steps)
         self.state = initial_state(params, transformation, self.steps_per_epoch)

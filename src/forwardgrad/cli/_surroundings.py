@@ -1,0 +1,101 @@
+"""What a command makes of where it runs: its options, JAX's and matplotlib's settings, memory."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import matplotlib
+import tyro
+
+from forwardgrad._errors import InputError, check_seed
+from forwardgrad._files import local
+
+Options = TypeVar("Options")
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Results that do not depend on settings of the environment; errors of the machine in words.
+
+    **Raises:**
+
+    `InputError` where memory does not suffice, or JAX was asked to stop at numbers that are not
+    finite and met one.
+    """
+    settings = (
+        jax.enable_x64(False),
+        jax.default_prng_impl("threefry2x32"),
+        jax.threefry_partitionable(True),
+        # These are for the code that somebody is writing, and not for what it calls.
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.transfer_guard("allow"),
+        matplotlib.rc_context(),
+    )
+    with contextlib.ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(setting)
+        matplotlib.rcdefaults()
+        try:
+            yield
+        except FloatingPointError as error:
+            raise InputError(
+                "a number is not finite, and JAX_DEBUG_NANS or JAX_DEBUG_INFS asks to stop there: "
+                f"{_line(error)}"
+            ) from error
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+                raise
+            raise InputError(f"the memory does not suffice: {_line(error)}") from error
+
+
+def parse(
+    options: type[Options],
+    prog: str,
+    arguments: Sequence[str],
+    *,
+    description: str,
+    computes: bool = True,
+) -> Options:
+    """The options of a command, with `~` in paths expanded.
+
+    **Raises:**
+
+    `InputError` if a path is not a local one, a seed is out of range, or JAX has no device where
+    the command computes.
+    """
+    parsed: Any = tyro.cli(options, prog=prog, description=description, args=arguments)
+    changed = {}
+    for field in dataclasses.fields(parsed):
+        value = getattr(parsed, field.name)
+        if field.name == "seed" and value is not None:
+            check_seed(value)
+        if isinstance(value, Path):
+            changed[field.name] = local(value, field.name)
+        elif isinstance(value, tuple):
+            changed[field.name] = tuple(
+                local(part, field.name) if isinstance(part, Path) else part for part in value
+            )
+    if computes:
+        _check_device()  # now: nothing has been read or written yet
+    return dataclasses.replace(parsed, **changed)
+
+
+def _check_device() -> None:
+    try:
+        jax.numpy.zeros(()).block_until_ready()
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA's plugin
+        names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE")
+        asked = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise InputError(
+            f"JAX finds no device with {asked or 'its defaults'}; JAX_PLATFORMS=cpu takes the "
+            f"processor ({_line(error)})"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
