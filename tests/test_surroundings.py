@@ -15,7 +15,7 @@ from rich.console import Console
 
 from forwardgrad import InputError
 from forwardgrad.cli import _surroundings, main
-from forwardgrad.training import TrainConfig, _progress, fit
+from forwardgrad.training import Interrupted, TrainConfig, _progress, fit
 
 QUICK = ["train", "--network", "mlp", "--width", "8", "--algorithm", "fg-a", "--iterations", "3"]
 
@@ -68,6 +68,7 @@ def test_a_run_does_not_depend_on_the_environment():
         JAX_DEFAULT_PRNG_IMPL="rbg",
         JAX_THREEFRY_PARTITIONABLE="0",
         JAX_TRANSFER_GUARD="disallow",
+        JAX_DISABLE_JIT="1",
         JAX_DEBUG_NANS="1",
     )
     assert (done.returncode, done.stderr) == (0, b"")
@@ -225,3 +226,13 @@ def test_without_a_terminal_there_are_plain_lines(monkeypatch, seconds, count):
     lines = console.file.getvalue().splitlines()
     assert len(lines) == count
     assert lines[-1].startswith("epoch 4/4 loss 1.5")
+
+
+def test_a_terminal_that_is_gone_does_not_hide_why_a_run_ends(monkeypatch):
+    def stop():
+        raise OSError(5, "Input/output error")
+
+    progress = _progress.Progress(None)
+    monkeypatch.setattr(progress._bar, "stop", stop)
+    with pytest.raises(Interrupted, match="stopped"), progress:
+        raise Interrupted("stopped", 1)

@@ -34,6 +34,7 @@ def settled() -> Iterator[None]:
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
         jax.transfer_guard("allow"),
+        jax.disable_jit(False),
         matplotlib.rc_context(),
     )
     with contextlib.ExitStack() as stack:

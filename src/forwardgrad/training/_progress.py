@@ -1,5 +1,6 @@
 """How a run is going: a line on a terminal, elsewhere a new one every few seconds."""
 
+import contextlib
 import time
 from typing import Self
 
@@ -41,7 +42,9 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        # A terminal that is gone must not hide why the run ends.
+        with contextlib.suppress(OSError):
+            self._bar.stop()
 
     def note(self, text: str) -> None:
         """A line of its own."""
