@@ -61,7 +61,10 @@ def from_folder(folder: Path, test_split: str | None = None) -> tuple[Table, Tab
             with _quiet(), _offline():
                 splits = _load(str(folder.absolute()))
         except Exception as error:  # readers, README and cache each have their own classes
-            raise InputError(f"folder {folder} cannot be loaded: {_reason(error)}") from error
+            raise InputError(
+                f"folder {folder} cannot be loaded: {_reason(error).rstrip('.')}; a folder inside "
+                "of it may be meant, or put train.parquet and test.parquet there"
+            ) from error
         return _chosen(splits, test_split, f"folder {folder}", str(folder))
     raise InputError(
         f"folder {folder} holds no data set: put train.parquet and test.parquet there, "
