@@ -406,3 +406,51 @@ def test_constant_function(key):
         )
         assert value == fun(jnp.ones(3))
         np.testing.assert_array_equal(grads, np.zeros(3))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("bad", [0, "key", jnp.ones(2), jax.random.split(jax.random.key(0), 3)])
+@pytest.mark.parametrize("estimator", [fg.WeightPerturbation(), fg.ActivityPerturbation()])
+def test_key_is_none(estimator, bad):
+    with pytest.raises(fg.InputError, match=r"key must be a single jax\.random\.key"):
+        fg.value_and_grad(lambda w: jnp.sum(w**2), estimator)(jnp.ones(3), key=bad)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("terms", "axes", "words"),
+    [([], [], "at least one"), ([None], [()], "a NoneType"), (["a"], [()], "a str")],
+)
+def test_losses_that_are_none(estimator, key, terms, axes, words):
+    with pytest.raises(fg.InputError, match=words):
+        fg.value_and_grad(lambda w: fg.Losses(terms, axes), estimator)(jnp.ones(3), key=key)
+
+
+def test_strict_promotion_of_terms(estimator, key):
+    """Losses of several types are added up, though arrays of the caller must not be."""
+
+    def fun(w):
+        losses = jnp.sum((jnp.tanh(w["a"]) @ w["b"]) ** 2, axis=1)
+        terms = [losses, losses.astype(jnp.bfloat16)]
+        return fg.Losses(terms, [("example",)] * 2)
+
+    w = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 2))}
+    with jax.numpy_dtype_promotion("strict"):
+        value, grads = fg.value_and_grad(fun, estimator)(w, key=key)
+    assert value.dtype == jnp.float32
+    assert all(jnp.all(jnp.isfinite(g)) for g in grads.values())
+
+
+def test_layers_without_inputs(estimator, key):
+    """A width of zero: nothing comes of it, and nothing comes back."""
+
+    def fun(w):
+        out = jnp.tanh(jnp.ones((4, 3)) @ w["none"]) @ w["nothing"]
+        return jnp.sum((jnp.tanh(jnp.ones((4, 3)) @ w["a"]) @ w["b"] + out) ** 2)
+
+    shapes = {"none": (3, 0), "nothing": (0, 2), "a": (3, 2), "b": (2, 2)}
+    w = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    grads = fg.value_and_grad(fun, estimator)(w, key=key)[1]
+    assert {name: g.shape for name, g in grads.items()} == shapes
+    assert all(jnp.all(jnp.isfinite(g)) for g in grads.values())
+    assert jnp.any(grads["b"] != 0)

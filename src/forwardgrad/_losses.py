@@ -5,6 +5,7 @@ import operator
 from collections.abc import Sequence
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -26,7 +27,7 @@ class Losses(eqx.Module):
 
     **Raises:**
 
-    `InputError` if the names do not fit the terms.
+    `InputError` if a term is no array, or the names do not fit the terms.
 
     >>> import forwardgrad as fg, jax.numpy as jnp
     >>> losses = fg.Losses([jnp.array([0.5, 0.25])], [("example",)])
@@ -42,6 +43,9 @@ class Losses(eqx.Module):
         self.axes = tuple(tuple(names) for names in axes)
 
     def __check_init__(self):
+        odd = [type(t).__name__ for t in self.terms if not eqx.is_array_like(t)]
+        if odd:
+            raise InputError(f"the terms of Losses must be arrays, got a {odd[0]}")
         if [jnp.ndim(term) for term in self.terms] != [len(names) for names in self.axes]:
             raise InputError(
                 f"axes (={self.axes}) must name every axis of every term, whose shapes are "
@@ -50,4 +54,6 @@ class Losses(eqx.Module):
 
     def total(self) -> Float[Array, ""]:
         """The sum of all entries of all terms."""
-        return functools.reduce(operator.add, [jnp.sum(term) for term in self.terms])
+        # Their types may differ, also where the caller's own arrays must not be mixed.
+        with jax.numpy_dtype_promotion("standard"):
+            return functools.reduce(operator.add, [jnp.sum(term) for term in self.terms])

@@ -74,11 +74,24 @@ class Request:
                 f"key is missing: {type(self.estimator).__name__} is random; "
                 "pass key=jax.random.key(...), a new one at every step"
             )
+        if not _is_key(key):
+            shape = f" of shape {jnp.shape(key)}" if eqx.is_array(key) else ""
+            raise InputError(
+                f"key must be a single jax.random.key(...), got a {type(key).__name__}{shape}"
+            )
         return jax.tree.map(lambda leaf: varying_like(leaf, key), params)
 
     def result(self, value: Any, aux: Any) -> Any:
         """Value and auxiliary data as the caller gets them."""
         return (value, aux) if self.has_aux else value
+
+
+def _is_key(key: Any) -> bool:
+    """Whether it is one key, of the new kind or of the old one, whose words are an array."""
+    if not eqx.is_array(key):
+        return False
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.shape == () if typed else key.ndim == 1 and key.dtype == jnp.uint32
 
 
 def as_argnums(argnums: Any) -> int | tuple[int, ...]:
@@ -212,9 +225,12 @@ def called(fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any])
 def _as_losses(value: Any) -> Losses:
     if not isinstance(value, Losses):
         return Losses([_checked_value(value)], [()])
+    if not value.terms:
+        raise InputError("the terms of Losses must be at least one array, got none")
     for term in value.terms:
-        if not jnp.issubdtype(jnp.result_type(term), jnp.floating):
-            raise InputError(f"the terms of Losses must be real, got one of dtype {term.dtype}")
+        dtype = jnp.result_type(term)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise InputError(f"the terms of Losses must be real, got one of dtype {dtype}")
     # Each worker of a `shard_map` has them all, as it has their total.
     return Losses(varying_alike(value.terms), value.axes)
 

@@ -103,7 +103,7 @@ class FeedbackAlignment(AbstractFeedback):
     def _drawn(self, layer: Layer, site: Site) -> Array:
         """The feedback weight of one layer, in one iteration of the loops around it."""
         aval = layer.eqn.invars[layer.weights[0]].aval
-        scale = math.sqrt(self.gain / _fan_in(layer))
+        scale = math.sqrt(self.gain / max(1, _fan_in(layer)))
         key = site.key(feedback_key(self.seed))
         dtype = computed_in(aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         return _normal(key, aval.shape, scale, dtype)  # pyright: ignore[reportAttributeAccessIssue]
