@@ -34,7 +34,7 @@ def flat(tree, batch=()):
 
 
 def exact(fun, params):
-    return fg.value_and_grad(fun, fg.Backpropagation())(params)[1]
+    return jax.jit(fg.value_and_grad(fun, fg.Backpropagation()))(params)[1]
 
 
 def samples(fun, params, estimator, keys=KEYS):
