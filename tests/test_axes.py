@@ -111,9 +111,7 @@ def check(fun: Callable, params: Any, forward: bool = True, loops: bool = False)
     jacobian = jax.jacfwd if loops else jacobian_by_reverse_mode
 
     def zeros(shapes, of):
-        return [
-            np.zeros(s, jnp.finfo(v.aval.dtype).dtype) for s, v in zip(shapes, of, strict=True)
-        ]
+        return [np.zeros(s, jnp.finfo(v.aval.dtype).dtype) for s, v in zip(shapes, of, strict=True)]
 
     found = jax.jit(jacobian(run))(zeros([v.aval.shape for v in variables], variables))
     claims: Claims = {}
