@@ -73,6 +73,17 @@ def estimates(estimator: fg.WeightPerturbation, count: int) -> np.ndarray:
     return flat(grads)
 
 
+def at_once(estimator: fg.WeightPerturbation):
+    """From a key to the value, the gradient, and the derivatives with their tangents; compiled."""
+
+    @jax.jit
+    def found(key):
+        value, grads = fg.value_and_grad(loss, estimator)(PARAMS, key=key)
+        return value, grads, directional(loss, PARAMS, estimator, key)
+
+    return found
+
+
 def test_layouts():
     """The model has a parameter of every kind."""
     program = Program(lambda p: (loss(p), None), PARAMS)
@@ -94,11 +105,10 @@ def test_layouts():
 @pytest.mark.parametrize("distribution", ["rademacher", "sphere"])
 def test_identities_of_one_tangent(distribution, structure):
     r"""$\langle\nabla f, \hat g\rangle = d^2$ and $\lVert\hat g\rVert^2 = d^2 D$."""
-    estimator = fg.WeightPerturbation(distribution=distribution, structure=structure)
+    found = at_once(fg.WeightPerturbation(distribution=distribution, structure=structure))
     for seed in range(5):
-        key = jax.random.key(seed)
-        value, grads = fg.value_and_grad(loss, estimator)(PARAMS, key=key)
-        d = directional(loss, PARAMS, estimator, key).derivatives[0]
+        value, grads, along = found(jax.random.key(seed))
+        d = along.derivatives[0]
         np.testing.assert_allclose(value, VALUE, rtol=1e-6)
         np.testing.assert_allclose(dot(GRADIENT, grads), d**2, rtol=1e-3)
         np.testing.assert_allclose(dot(grads, grads), d**2 * D, rtol=1e-5)
@@ -107,15 +117,12 @@ def test_identities_of_one_tangent(distribution, structure):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_clip(structure):
     clipped = 0
+    steps = [
+        jax.jit(fg.value_and_grad(loss, fg.WeightPerturbation(structure=structure, clip=clip)))
+        for clip in (None, 4.0)
+    ]
     for seed in range(8):
-        free, bounded = (
-            row(
-                fg.value_and_grad(loss, fg.WeightPerturbation(structure=structure, clip=clip))(
-                    PARAMS, key=jax.random.key(seed)
-                )[1]
-            )
-            for clip in (None, 4.0)
-        )
+        free, bounded = (row(step(PARAMS, key=jax.random.key(seed))[1]) for step in steps)
         factor = min(1.0, 4.0 / math.sqrt(np.sum(free**2) / D))
         clipped += factor < 1
         np.testing.assert_allclose(bounded, factor * free, rtol=1e-4, atol=1e-6)
@@ -123,11 +130,9 @@ def test_clip(structure):
 
 
 def test_clip_bounds_each_tangent():
-    key, estimator = jax.random.key(0), fg.WeightPerturbation(tangents=5, clip=7.5)
-    found = directional(loss, PARAMS, estimator, key)
+    _, grads, found = at_once(fg.WeightPerturbation(tangents=5, clip=7.5))(jax.random.key(0))
     d = np.clip(found.derivatives, -7.5, 7.5)
     assert 0 < np.sum(np.abs(found.derivatives) > 7.5) < 5
-    _, grads = fg.value_and_grad(loss, estimator)(PARAMS, key=key)
     np.testing.assert_allclose(row(grads), d @ flat(found.tangents) / 5, rtol=1e-4)
 
 
@@ -150,16 +155,15 @@ def test_clip_bounds_each_tangent():
 def test_mean_of_single_tangents(estimator):
     r"""$\hat g = K^{-1} \sum_k d_k v_k$, whether the sum is unrolled or a product."""
     key, count = jax.random.key(3), estimator.tangents
-    found = directional(loss, PARAMS, estimator, key)
+    _, grads, found = at_once(estimator)(key)
     for k in range(min(count, 3)):
-        single = directional(loss, PARAMS, estimator, key, keep=[k])
+        single = jax.jit(lambda key, k=k: directional(loss, PARAMS, estimator, key, keep=[k]))(key)
         np.testing.assert_allclose(
             single.derivatives[0], found.derivatives[k], rtol=1e-3, atol=1e-5
         )
         np.testing.assert_allclose(flat(single.tangents)[0], flat(found.tangents)[k], rtol=1e-6)
     tangents = flat(found.tangents)
     np.testing.assert_allclose(found.derivatives, tangents @ TRUE, rtol=1e-3, atol=1e-4)
-    _, grads = fg.value_and_grad(loss, estimator)(PARAMS, key=key)
     np.testing.assert_allclose(
         row(grads),
         np.asarray(found.derivatives) @ tangents / count,
@@ -180,11 +184,10 @@ ORTHOGONAL = [
 @pytest.mark.parametrize("estimator", ORTHOGONAL, ids=repr)
 def test_orthogonal_is_the_projection(estimator):
     """The gradient projected on the span of the tangents, times D/K."""
-    key = jax.random.key(5)
-    tangents = flat(directional(loss, PARAMS, estimator, key).tangents).astype(np.float64)
+    _, grads, along = at_once(estimator)(jax.random.key(5))
+    tangents = flat(along.tangents).astype(np.float64)
     basis, _ = np.linalg.qr(tangents.T)
     expected = D / estimator.tangents * basis @ (basis.T @ TRUE)
-    _, grads = fg.value_and_grad(loss, estimator)(PARAMS, key=key)
     found = row(grads)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.max(np.abs(expected)))
 
