@@ -102,15 +102,22 @@ def copied(whole, tmp_path):
     return out
 
 
-@pytest.fixture
-def halfway(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
     """A run killed in its last epoch, with two checkpoints."""
-    out = tmp_path / "run"
-    kill_at(monkeypatch, 2 * STEPS + 14)
-    with pytest.raises(Killed):
-        fit(small(out, checkpoint_every=1e-6))
+    out = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        kill_at(monkeypatch, 2 * STEPS + 14)
+        with pytest.raises(Killed):
+            fit(small(out, checkpoint_every=1e-6))
     assert len(checkpoints(out)) == 2
     return out
+
+
+@pytest.fixture
+def halfway(killed, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(killed, tmp_path / "run")
 
 
 def finish(out: Path, **settings) -> list[str]:
