@@ -58,13 +58,12 @@ def tiled(task, groups, patches, features, weight, bias):
 
     cut = jax.lax.stop_gradient
     shape = (groups, UNITS // groups, BATCH, patches, PATCHES // patches)
-    copies = [
-        copy(jnp.zeros(shape).at[g, :, b, p].set(1).reshape(features.shape) == 1, b)
-        for g in range(groups)
-        for b in range(BATCH)
-        for p in range(patches)
-    ]
-    return jnp.stack(copies).reshape(groups, BATCH, patches)
+    places = np.array(list(np.ndindex(groups, BATCH, patches)))
+    own = np.zeros((len(places), *shape), bool)
+    for i, (g, b, p) in enumerate(places):
+        own[i, g, :, b, p] = True
+    copies = jax.vmap(copy)(own.reshape(-1, *features.shape), places[:, 1])
+    return copies.reshape(groups, BATCH, patches)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
