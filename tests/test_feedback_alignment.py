@@ -274,3 +274,27 @@ def test_a_function_may_refuse_to_be_differentiated(estimator):
     key = {"key": jax.random.key(1)} if estimator.needs_key else {}
     for a, b in zip(*map(jax.tree.leaves, (step(w, **key), plain(w, **key))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [fg.DirectFeedbackAlignment(), fg.FeedbackAlignment()])
+def test_both_parts_of_complex_activations_get_an_error(estimator):
+    """A real error that comes by a real matrix would say nothing to the imaginary part."""
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+
+    def fun(w):
+        h = jax.lax.complex(x @ w["real"], x @ w["imaginary"])
+        out = jnp.abs(h @ w["middle"].astype(complex)) @ w["out"]
+        return fg.Losses([jnp.sum((out - 1) ** 2, axis=1)], [("example",)])
+
+    keys = jax.random.split(jax.random.key(1), 4)
+    shapes = {"real": (3, 4), "imaginary": (3, 4), "middle": (4, 5), "out": (5, 2)}
+    w = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    grads = fg.value_and_grad(fun, estimator)(w)[1]
+    sizes = [float(jnp.linalg.norm(grads[name])) for name in ("real", "imaginary")]
+    assert 0.2 < sizes[0] / sizes[1] < 5
+    right = fg.value_and_grad(fun, fg.Backpropagation())(w)[1]["out"]
+    np.testing.assert_allclose(grads["out"], right, rtol=1e-4)
+    init, step = fg.estimation(fun, estimator)
+    kept = step(w, state=init(w))[1]
+    for name, grad in grads.items():
+        assert jnp.array_equal(kept[name], grad)

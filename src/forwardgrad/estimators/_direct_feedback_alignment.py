@@ -10,7 +10,7 @@ from jax.interpreters import ad
 from jaxtyping import Array, Float, PyTree
 
 from forwardgrad._errors import InputError
-from forwardgrad.estimators._distributions import feedback_key, rademacher
+from forwardgrad.estimators._distributions import draw, feedback_key
 from forwardgrad.estimators._feedback import AbstractFeedback, Feedback, at_iterations
 from forwardgrad.estimators._steering import check_one_by_one, not_differentiable
 from forwardgrad.rewrite import (
@@ -29,7 +29,8 @@ class _Way(NamedTuple):
 
     Every place that both have gets the error of that place: `positions` are axes of the output,
     `digits` where they are in the input. Of the output, `units` entries are left for each of them,
-    of the input `entries`, of which `scale` in one iteration of loops over layers.
+    of the input `entries`, of which `scale` in one iteration of loops over layers. Where these are
+    complex, so is the matrix: both parts get an error of their own.
     """
 
     number: int
@@ -39,6 +40,7 @@ class _Way(NamedTuple):
     units: int
     entries: int
     scale: int
+    is_complex: bool
 
     def gathered(self, error: Array) -> Array:
         """The error with an axis for each digit, and one for the units."""
@@ -75,6 +77,7 @@ class DirectFeedbackAlignment(AbstractFeedback):
     between $x$ and the output. What lies between $x$ and the product before it, a nonlinearity, a
     normalisation, a scale, is differentiated as usual; the output layer gets its exact gradient.
     Where only scales come after $x$, what they are multiplied with gets feedback as well.
+    Where $x$ is complex, both parts of $B$ are random signs.
 
     `fun` must return [`forwardgrad.Losses`][] with an axis of examples, because every example has
     an error of its own, and have one output layer that hidden layers lead to. A readout on
@@ -145,7 +148,8 @@ class DirectFeedbackAlignment(AbstractFeedback):
 
     def _matrix(self, way: _Way) -> Array:
         key = jax.random.fold_in(feedback_key(self.seed), way.number)
-        return rademacher(key, (way.entries, way.units))
+        dtype = jnp.complex64 if way.is_complex else jnp.float32
+        return draw(key, (way.entries, way.units), "rademacher", dtype=dtype)
 
     def _feedback(
         self, x: Activation, ways: Sequence[_Way], errors: Sequence[Array], state: Feedback | None
@@ -155,6 +159,8 @@ class DirectFeedbackAlignment(AbstractFeedback):
         for way in ways:
             signs = self._matrix(way) if state is None else state.arrays[way.number]
             error = way.gathered(errors[way.output])
+            if way.is_complex:
+                error = error.astype(jnp.promote_types(error.dtype, signs.dtype))
             signs = placed_like(signs.astype(error.dtype), error)
             sent = math.sqrt(self.gain / way.scale) * error @ signs.T
             total = total + way.spread(sent, x.value.shape)
@@ -247,7 +253,16 @@ def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]
         units = math.prod(shape) // math.prod(shape[axis] for axis in digits)
         number = x.site.number * len(outputs) + o
         found.append(
-            _Way(number, o, tuple(digits), flat, units, entries, entries // math.prod(layers))
+            _Way(
+                number,
+                o,
+                tuple(digits),
+                flat,
+                units,
+                entries,
+                entries // math.prod(layers),
+                jnp.issubdtype(x.value.dtype, jnp.complexfloating),
+            )
         )
     return found
 
