@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from forwardgrad._files import write_json
 from forwardgrad.experiments import Step, interleave, provenance
+from forwardgrad.results import write
 
 SIZE = 4096
 """The machine's rate is that of a product of two matrices of this size."""
@@ -58,7 +58,7 @@ def run(
         console.print(f"({time.monotonic() - began:.0f} s)")
         if options.out is not None:
             origin = {"benchmark": benchmark, "repeats": options.repeats, **header, **provenance()}
-            write_json(options.out, {**origin, "results": results})
+            write(options.out, {**origin, "results": results})
 
 
 def compare_steps(steps: Steps, repeats: int) -> dict[str, dict[str, float]]:

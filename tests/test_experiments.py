@@ -19,9 +19,7 @@ from forwardgrad.experiments import (
     COMPARE,
     EXPERIMENTS,
     Step,
-    _table,
-    _table_files,
-    _tables,
+    as_options,
     checkpointed_mlp_loss,
     interleave,
     mlp_loss,
@@ -31,8 +29,9 @@ from forwardgrad.experiments import (
 from forwardgrad.experiments import _mnist as mnist
 from forwardgrad.experiments import _scaling as scaling
 from forwardgrad.experiments import _toy as toy
-from forwardgrad.experiments._cells import read_out
+from forwardgrad.experiments._experiment import read_out
 from forwardgrad.networks import SIZES
+from forwardgrad.results import CurveCell, Grid, TableCell, csv, over_seeds, read, without_none
 
 
 def options(name, **settings):
@@ -181,25 +180,24 @@ def test_mnist(tmp_path, monkeypatch, network):
         assert bp["losses"][-1] < bp["losses"][0]
     if network == "logreg":
         assert fg_w["losses"][-1] < fg_w["losses"][0]
-    monkeypatch.setattr("forwardgrad.training._run.make_advance", None)
+    monkeypatch.setattr("forwardgrad.training._setup.make_advance", None)
     second = run(f"mnist-{network}", chosen)
     assert second["cells"] == first["cells"]
 
 
 def test_mnist_table_is_mean_and_deviation_over_seeds():
     cells = [
-        {
-            "algorithm": "bp",
-            "learning_rate": 0.1,
-            "test_error": error,
-            "losses": [9.0, loss],
-            "seconds": seconds,
-        }
-        for error, loss, seconds in ((1.0, 0.1, 5.0), (3.0, 0.3, 7.0), (5.0, 0.5, 60.0))
+        CurveCell(
+            **{"algorithm": "bp", "learning_rate": 0.1, "seed": seed, "test_error": error},
+            **{"seconds": seconds, "steps": (1, 2), "losses": (9.0, loss), "times": (0.0, 0.1)},
+        )
+        for seed, (error, loss, seconds) in enumerate(
+            ((1.0, 0.1, 5.0), (3.0, 0.3, 7.0), (5.0, 0.5, 60.0))
+        )
     ]
-    (row,) = mnist._table(cells)
+    (row,) = mnist._present("mnist-mlp", over_seeds(cells)).rows
     assert row["test_error_mean"] == 3.0
-    assert row["test_error_std"] == pytest.approx((8 / 3) ** 0.5)
+    assert row["test_error_std"] == pytest.approx((8 / 3) ** 0.5, abs=1e-4)
     assert row["loss_mean"] == pytest.approx(0.3)
     assert row["seconds_median"] == 7.0
 
@@ -252,7 +250,7 @@ def test_table4(tmp_path):
         assert (folder / "readout.json").exists()
         assert json.loads((folder / "readout-untrained.json").read_text())["examples"] == 20
         # A readout on fewer images is not taken for one on all of them.
-        read_out(folder, examples=None, data_dir=settings["data_dir"])
+        read_out(folder, options("table4", data_dir=settings["data_dir"]))
         assert json.loads((folder / "readout.json").read_text())["examples"] == 24
         (folder / "summary.json").unlink()
     again = run("table4", options("table4", **settings, algorithms=("bp",)))
@@ -291,7 +289,7 @@ def test_ablation(tmp_path, monkeypatch):
     by = {(c["variant"], c["groups"]): c["test_error"] for c in stored["cells"]}
     assert by["all local losses", 1] == by["not by group", 1]
     # What is stored is not done again.
-    monkeypatch.setattr("forwardgrad.experiments._ablation.trained", None)
+    monkeypatch.setattr("forwardgrad.experiments._experiment.fit", None)
     assert run("ablation", chosen)["cells"] == stored["cells"]
 
 
@@ -311,24 +309,53 @@ def test_ablation_refuses(tmp_path, settings, match):
 
 def test_table3_rows_are_means_beside_the_papers_numbers():
     cells = [
-        {
-            "column": "mnist m/1/16",
-            "algorithm": name,
-            "seed": i,
-            "test_error": error,
-            "seconds": 9.0,
-        }
-        for name, errors in (("bp", (1.0, 3.0)), ("lg-fg-a", (2.0,)))
+        TableCell(
+            **{"column": "mnist m/1/16", "algorithm": name, "seed": i},
+            **{"test_error": error, "seconds": 9.0},
+        )
+        for name, errors in (("lg-fg-a", (2.0,)), ("bp", (1.0, 3.0)))
         for i, error in enumerate(errors)
     ]
-    table = _table.Table("table3", (), None, Path(), papers=_tables.PAPERS)
-    bp, fg_a = _table._rows(table, cells)
+    presented = EXPERIMENTS["table3"].cells.present(over_seeds(cells))
+    bp, fg_a = presented.rows
     assert (bp["test_error_mean"], bp["test_error_std"], bp["paper"]) == (2.0, 1.0, 2.41)
     assert (fg_a["seeds"], fg_a["test_error_mean"], fg_a["paper"]) == (1, 2.0, 2.55)
-    assert _table_files.markdown([bp, fg_a]).splitlines()[2:] == [
+    assert presented.text.splitlines()[2:] == [
         "| bp | 2.00 ± 1.00 | 2.41 |",
         "| lg-fg-a | 2.00 | 2.55 |",
     ]
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@pytest.mark.parametrize("name", ["table3", "table3-cifar10", "table4", "compare", "ablation"])
+def test_stored_results_are_presented_as_they_were(name, tmp_path):
+    """Cells, their means, and the files that were made of them, by the version that made them."""
+    experiment = {**EXPERIMENTS, "compare": COMPARE}[name.removesuffix("-cifar10")]
+    path = RESULTS / name / f"{experiment.name}.json"
+    grid = read(path, Grid[experiment.cells.kind, experiment.options])
+    stored = json.loads(path.read_text())
+    assert [without_none(cell) for cell in grid.cells] == stored["cells"]
+    assert as_options(grid.options).items() >= stored["options"].items()
+    presented = experiment.cells.present(over_seeds(grid.cells))
+    assert presented.rows == stored["table"]
+    assert presented.text == path.with_suffix(".md").read_text()
+    if name != "ablation":
+        assert csv(presented.rows) == path.with_suffix(".csv").read_text()
+
+
+@pytest.mark.parametrize("network", ["logreg", "mlp", "cnn"])
+def test_stored_curves_are_read(network):
+    experiment = EXPERIMENTS[f"mnist-{network}"]
+    path = RESULTS / experiment.name / f"{experiment.name}.json"
+    grid = read(path, Grid[experiment.cells.kind, experiment.options])
+    assert experiment.cells.present(over_seeds(grid.cells)).rows[0]["seeds"] == 5
+
+
+def test_stored_costs_are_read():
+    found = read(RESULTS / "scaling" / "scaling.json", scaling.Scaling)
+    assert len(found.cells) == 18
 
 
 @pytest.mark.parametrize(

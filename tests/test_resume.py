@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -21,16 +22,17 @@ from forwardgrad import InputError, data
 from forwardgrad.training import (
     Interrupted,
     TrainConfig,
-    _feeds,
+    _batches,
     _folder,
     _loop,
-    _run,
+    _setup,
     fit,
     load_run,
+    read_run,
 )
 from forwardgrad.training._checkpoint import Checkpoints
 from forwardgrad.training._interrupt import StopRequest
-from forwardgrad.training._run import Run
+from forwardgrad.training._setup import Setup
 
 STEPS = 1437 // 64
 SMALL = TrainConfig(
@@ -170,10 +172,8 @@ def test_a_signal_leaves_a_checkpoint(whole, tmp_path, monkeypatch, number):
 
 def test_a_streamed_run_resumes_with_the_same_bits(tmp_path, monkeypatch):
     folder = write_pair(tmp_path / "set", train=60, test=20)
-    monkeypatch.setattr(
-        _run, "load", lambda name, where, **_: data.load(name, where, resident_limit=0)
-    )
-    monkeypatch.setattr(_feeds, "STACK", 3)
+    monkeypatch.setattr(_setup, "load", functools.partial(data.load, resident_limit=0))
+    monkeypatch.setattr(_batches, "STACK", 3)
     settings = {"dataset": str(folder), "batch_size": 8, "epochs": 4, "log_every": 5}
     fit(small(tmp_path / "whole", **settings))
     for step in (2, 9, 20):
@@ -203,11 +203,12 @@ def test_lines_after_the_checkpoint_are_written_anew(whole, halfway):
 # Whose folder it is
 
 
-def test_a_finished_run_says_so(whole, capsys):
+def test_a_finished_run_says_so(whole):
     before = {f: f.stat().st_mtime_ns for f in whole.rglob("*")}
-    summary = fit(small(whole, resume=True))
-    assert summary["was_finished"]
-    assert summary["steps"] == 3 * STEPS
+    assert finish(whole)[0] == f"The run in {whole} is finished already."
+    run = fit(small(whole, resume=True))
+    assert run == read_run(whole)[0]
+    assert run.result.steps == 3 * STEPS
     assert before == {f: f.stat().st_mtime_ns for f in whole.rglob("*")}
 
 
@@ -440,7 +441,7 @@ def test_load_run(whole):
     assert config.out == whole
     assert network.blocks[0].linear.weight.shape == (64, 16)
     with contextlib.closing(Checkpoints(whole / "checkpoints")) as manager:
-        state = manager.restore(Run(config).state)[0]
+        state = manager.restore(Setup(config).state).state
     assert eqx.tree_equal(network.blocks[0].linear.weight, state.params.blocks[0].linear.weight)
 
 

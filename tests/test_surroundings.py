@@ -78,7 +78,7 @@ def test_a_run_does_not_depend_on_the_environment():
         config = {"network": "mlp", "width": 8, "algorithm": "fg-a", "iterations": 3}
         here = fit(TrainConfig(**config, out=Path("here")))
     assert {k: there[k] for k in ("train_loss", "test_error")} == {
-        k: here[k] for k in ("train_loss", "test_error")
+        k: getattr(here.result, k) for k in ("train_loss", "test_error")
     }
 
 

@@ -20,14 +20,13 @@ from forwardgrad import Backpropagation, InputError, WeightPerturbation, data, o
 from forwardgrad.augmentation import build as build_augmentation
 from forwardgrad.networks import build
 from forwardgrad.objectives import GlobalLoss
-from forwardgrad.training import ALGORITHMS, TrainConfig, _feeds, _run, fit, load_run
+from forwardgrad.results import Measurement
+from forwardgrad.training import ALGORITHMS, TrainConfig, _batches, _setup, fit, load_run
 from forwardgrad.training._algorithms import resolve
+from forwardgrad.training._batches import BATCH, Inputs, make_error, make_feeds
 from forwardgrad.training._config import Optimizer
-from forwardgrad.training._evaluate import BATCH, make_error
-from forwardgrad.training._feeds import make_feeds
-from forwardgrad.training._inputs import Inputs
 from forwardgrad.training._metrics import Metrics
-from forwardgrad.training._optimisers import optimiser, schedule
+from forwardgrad.training._setup import optimiser, schedule
 from forwardgrad.training._state import initial_state, make_advance, slow_in_loops
 
 STEPS = 1437 // 64
@@ -198,7 +197,7 @@ def loop(estimator, compiled_loop=True, parts=1):
     params = {"W": jnp.ones((12, 5)) * 0.1, "b": jnp.zeros(5)}
     transformation = optax.adam(0.01)
     key = jax.random.key(7)
-    feed, _, steps = next(make_feeds(examples, 8, key, 0).epoch(0, 0))
+    feed, _, steps = next(make_feeds(examples, 8, key, 0)(0, 0))
     state = initial_state(params, transformation, steps)
     advance = make_advance(
         loss, PLAIN, estimator, transformation, (key, key), parts=parts, compiled_loop=compiled_loop
@@ -297,7 +296,7 @@ def test_every_step_has_tangents_of_its_own():
 
 def test_an_epoch_is_a_permutation_without_its_last_incomplete_batch():
     feeds = make_feeds(split(50), 8, jax.random.key(0), 0)
-    orders = [np.asarray(next(feeds.epoch(epoch, 0))[0].order) for epoch in (0, 1, 0)]
+    orders = [np.asarray(next(feeds(epoch, 0))[0].order) for epoch in (0, 1, 0)]
     assert orders[0].shape == (6, 8)
     assert len(np.unique(orders[0])) == 48
     np.testing.assert_array_equal(orders[0], orders[2])
@@ -306,7 +305,7 @@ def test_an_epoch_is_a_permutation_without_its_last_incomplete_batch():
 
 def test_an_epoch_can_start_in_the_middle():
     feeds = make_feeds(split(50), 8, jax.random.key(0), 0)
-    _, start, stop = next(feeds.epoch(1, 4))
+    _, start, stop = next(feeds(1, 4))
     assert (start, stop) == (4, 6)
 
 
@@ -324,11 +323,11 @@ def streamed(tmp_path):
 
 @pytest.mark.parametrize("stack", [2, 4, 32])
 def test_a_stream_gives_the_same_batches_however_it_is_stacked(streamed, monkeypatch, stack):
-    monkeypatch.setattr(_feeds, "STACK", stack)
+    monkeypatch.setattr(_batches, "STACK", stack)
     expected = list(streamed.train.batches(8, seed=3, epoch=1, drop_remainder=True))
     found = []
     feeds = make_feeds(streamed.train, 8, jax.random.key(0), 3)
-    for feed, start, stop in feeds.epoch(1, 1):
+    for feed, start, stop in feeds(1, 1):
         assert feed.order.shape == (stack, 8)
         found += [(feed.images[batch], feed.labels[batch]) for batch in feed.order[start:stop]]
     assert len(found) == 5
@@ -374,7 +373,7 @@ def test_the_error_of_a_stream(streamed):
 def run(tmp_path_factory):
     """A finished run with its summary."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    return out, fit(small(out=out, log_every=5, epochs=3, eval_every=2))
+    return out, fit(small(out=out, log_every=5, epochs=3, eval_every=2)).result
 
 
 def test_a_run_leaves_its_files(run):
@@ -393,7 +392,7 @@ def test_a_run_leaves_its_files(run):
         "backend",
         "jax_version",
     ]:
-        assert stored[key] == summary[key]
+        assert stored[key] == getattr(summary, key)
     assert (stored["algorithm"], stored["network"], stored["dataset"]) == ("bp", "logreg", "digits")
     assert (stored["epochs"], stored["steps"], stored["parameters"]) == (3, 3 * STEPS, 650)
     assert isinstance(stored["epochs"], int)
@@ -406,7 +405,7 @@ def test_the_stored_settings_are_the_resolved_ones(run):
     stored = json.loads((run[0] / "config.json").read_text())
     assert stored["learning_rate"] == ALGORITHMS["bp"].defaults["learning_rate"]
     assert stored["log_every"] == 5
-    assert set(stored) == set(TrainConfig.__dataclass_fields__)
+    assert set(stored) == {*TrainConfig.__dataclass_fields__, "version"}
 
 
 def test_metrics_lines(run):
@@ -416,7 +415,7 @@ def test_metrics_lines(run):
     assert [line["step"] for line in epochs] == [STEPS, 2 * STEPS, 3 * STEPS]
     assert [line["step"] for line in steps] == list(range(5, 3 * STEPS + 1, 5))
     assert ["test_error" in line for line in epochs] == [False, True, True]
-    assert epochs[-1]["test_error"] == summary["test_error"]
+    assert epochs[-1]["test_error"] == summary.test_error
     assert epochs[-1]["loss"] < epochs[0]["loss"]
     assert epochs[-1]["learning_rate"] == pytest.approx(0, abs=1e-9)
     seconds = [line["seconds"] for line in lines(out)]
@@ -447,7 +446,7 @@ def test_the_error_in_the_summary_is_the_networks(run):
     for part, key in ((digits().test, "test_error"), (digits().train, "train_error")):
         x = (part.images.astype(np.float32) / 255 - digits().mean) / digits().std
         wrong = np.mean(np.argmax(network(jnp.asarray(x)), -1) != part.labels)
-        assert summary[key] == pytest.approx(100 * float(wrong), abs=0.2)
+        assert getattr(summary, key) == pytest.approx(100 * float(wrong), abs=0.2)
     assert config.network == "logreg"
 
 
@@ -461,9 +460,9 @@ def test_a_seed_decides_every_bit(tmp_path):
 
 
 def test_a_number_of_steps_instead_of_epochs(tmp_path):
-    summary = fit(small(out=tmp_path / "run", iterations=STEPS + 3))
-    assert summary["steps"] == STEPS + 3
-    assert summary["epochs"] == pytest.approx(1 + 3 / STEPS)
+    summary = fit(small(out=tmp_path / "run", iterations=STEPS + 3)).result
+    assert summary.steps == STEPS + 3
+    assert summary.epochs == pytest.approx(1 + 3 / STEPS)
     assert [line["step"] for line in lines(tmp_path / "run", "epoch")] == [STEPS, STEPS + 3]
 
 
@@ -479,12 +478,12 @@ def test_a_streamed_set_trains_like_a_resident_one(tmp_path, monkeypatch):
 
     folder = write_pair(tmp_path / "set", train=60, test=20)
     limit = functools.partial(data.load, resident_limit=0)
-    monkeypatch.setattr(_run, "load", limit)
-    monkeypatch.setattr(_feeds, "STACK", 4)
+    monkeypatch.setattr(_setup, "load", limit)
+    monkeypatch.setattr(_batches, "STACK", 4)
     config = small(dataset=str(folder), out=tmp_path / "run", batch_size=8, epochs=40)
-    summary = fit(config)
-    assert summary["steps"] == 40 * (60 // 8)
-    assert summary["train_error"] < 30  # of three classes, random pixels: memorised
+    summary = fit(config).result
+    assert summary.steps == 40 * (60 // 8)
+    assert summary.train_error < 30  # of three classes, random pixels: memorised
 
 
 @pytest.mark.parametrize(
@@ -510,8 +509,8 @@ def test_unusable_settings_leave_nothing_behind(tmp_path, settings, match):
 
 def test_the_default_folder_is_named_after_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    summary = fit(small(iterations=1, seed=4))
-    assert summary["out"] == "runs/digits-logreg-bp-4"
+    run = fit(small(iterations=1, seed=4))
+    assert run.folder == Path("runs/digits-logreg-bp-4")
     assert Path("runs/digits-logreg-bp-4/summary.json").exists()
 
 
@@ -568,7 +567,7 @@ def test_parameters_that_are_not_finite_are_not_stored(tmp_path):
 
 def test_a_line_is_written_wholly_or_not_at_all(tmp_path, monkeypatch):
     metrics = Metrics(tmp_path, [])
-    metrics.add({"event": "epoch", "epoch": 1.0, "step": 5, "loss": 0.5})
+    metrics.add(Measurement(event="epoch", epoch=1.0, step=5, loss=0.5))
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
     def full(descriptor):
@@ -577,7 +576,7 @@ def test_a_line_is_written_wholly_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with fails("metrics.jsonl: the disk is full"):
-            metrics.add({"event": "epoch", "epoch": 2.0, "step": 10, "loss": 0.25})
+            metrics.add(Measurement(event="epoch", epoch=2.0, step=10, loss=0.25))
     metrics.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -619,8 +618,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_written(small_disk, tmp_
 
 @pytest.mark.slow
 def test_backpropagation_learns_digits(tmp_path):
-    summary = fit(TrainConfig(algorithm="bp", width=128, epochs=10, out=tmp_path / "run"))
-    assert summary["test_error"] < 4
+    summary = fit(TrainConfig(algorithm="bp", width=128, epochs=10, out=tmp_path / "run")).result
+    assert summary.test_error < 4
 
 
 @pytest.mark.slow

@@ -2,13 +2,13 @@
 
 import contextlib
 import errno
-import json
 import os
 import re
+import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from forwardgrad._errors import InputError
 
@@ -18,6 +18,7 @@ _DISK = {
     errno.EACCES: "permission is denied",
     errno.EROFS: "the file system is read-only",
     errno.EEXIST: "a part of the path is a file",
+    errno.EISDIR: "there is a folder of that name",
     errno.ENOTDIR: "a part of the path is a file",
 }
 
@@ -94,24 +95,18 @@ def write_bytes(path: Path, data: bytes) -> None:
             raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a JSON value."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be read; nothing else is opened, and a pipe would be waited for.
 
     **Raises:**
 
-    `InputError` if it is not JSON.
+    `InputError` that names the path and the reason.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is damaged: expected JSON, got {error}") from error
-
-
-def write_lines(path: Path, lines: Iterable[dict]) -> None:
-    """A file of JSON lines, replaced at once."""
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is damaged: expected a file, got something else of that name")
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error

@@ -12,7 +12,7 @@ from forwardgrad.augmentation import build
 from forwardgrad.cli._sheet import contact_sheet
 from forwardgrad.cli._surroundings import parse
 from forwardgrad.data import Dataset, ResidentSplit, StreamedSplit, load
-from forwardgrad.experiments._figures import save
+from forwardgrad.results import save
 
 USAGE = """\
 usage: forwardgrad data COMMAND [OPTIONS]

@@ -46,10 +46,10 @@ def readout(arguments: Sequence[str]) -> int:
     )
     table = Table(show_header=False, title="forwardgrad readout")
     rows = {
-        "features": f"{result['features']} of {result['network']}, {result['algorithm']}",
-        "fitted on": f"{result['examples']:,} images of {result['dataset']}",
-        "training error": f"{result['train_error']:.2f} %",
-        "test error": f"{result['test_error']:.2f} %",
+        "features": f"{result.features} of {result.network}, {result.algorithm}",
+        "fitted on": f"{result.examples:,} images of {result.dataset}",
+        "training error": f"{result.train_error:.2f} %",
+        "test error": f"{result.test_error:.2f} %",
         "file": str(options.run / readout_file(options.untrained)),
     }
     for name, value in rows.items():

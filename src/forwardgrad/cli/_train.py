@@ -1,13 +1,12 @@
 """`forwardgrad train`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.table import Table
 
 from forwardgrad._console import Console
 from forwardgrad.cli._surroundings import parse
-from forwardgrad.training import TrainConfig, fit
+from forwardgrad.training import Run, TrainConfig, fit
 
 DESCRIPTION = """Train a network, by default without backpropagation.
 
@@ -25,27 +24,24 @@ def train(arguments: Sequence[str]) -> int:
     """Train with the options given, and say what came of it."""
     config = parse(TrainConfig, "forwardgrad train", arguments, description=DESCRIPTION)
     console = Console()
-    summary = fit(config, console=console)
-    if summary["was_finished"]:
-        console.print(f"The run in {summary['out']} is finished already.", highlight=False)
-    console.print(summary_table(summary))
+    console.print(summary_table(fit(config, console=console)))
     return 0
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
+def summary_table(run: Run) -> Table:
     """What a run did, and where its files are."""
-    table = Table(show_header=False, title="forwardgrad train")
+    table, summary = Table(show_header=False, title="forwardgrad train"), run.result
     rows = {
-        "task": summary.get("task", "supervised"),
-        "algorithm": summary["algorithm"],
-        "network": f"{summary['network']}, {summary['parameters']:,} parameters",
-        "data set": summary["dataset"],
-        "trained for": f"{summary['epochs']:g} epochs, {summary['steps']} steps, "
-        f"{summary['seconds']:.0f} s on {summary['backend']}",
-        "training loss": f"{summary['train_loss']:.4f}",
-        "training error": f"{summary['train_error']:.2f} %",
-        "test error": f"{summary['test_error']:.2f} %",
-        "files": f"{summary['out']}/: summary.json, metrics.jsonl, curves.png, config.json, "
+        "task": summary.task,
+        "algorithm": summary.algorithm,
+        "network": f"{summary.network}, {summary.parameters:,} parameters",
+        "data set": summary.dataset,
+        "trained for": f"{summary.epochs:g} epochs, {summary.steps} steps, "
+        f"{summary.seconds:.0f} s on {summary.backend}",
+        "training loss": f"{summary.train_loss:.4f}",
+        "training error": f"{summary.train_error:.2f} %",
+        "test error": f"{summary.test_error:.2f} %",
+        "files": f"{run.folder}/: summary.json, metrics.jsonl, curves.png, config.json, "
         "checkpoints",
     }
     for name, value in rows.items():

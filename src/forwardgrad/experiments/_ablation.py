@@ -10,19 +10,23 @@ local loss lowers it.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from matplotlib.figure import Figure
 
-from forwardgrad._console import Console
-from forwardgrad._errors import InputError, unknown_name
-from forwardgrad._files import write_json, write_text
-from forwardgrad._provenance import provenance
-from forwardgrad.experiments._cells import over_seeds, trained
-from forwardgrad.experiments._experiment import Experiment, options_as_json, stored_cells
-from forwardgrad.experiments._figures import save
+from forwardgrad._errors import unknown_name
+from forwardgrad.experiments._experiment import (
+    CellOptions,
+    Cells,
+    Job,
+    Means,
+    Presented,
+    of_cells,
+)
+from forwardgrad.results import AblationCell, Mean, markdown
 from forwardgrad.training import TrainConfig
 from forwardgrad.training._config import Optimizer, Task
 
@@ -50,8 +54,8 @@ BACKPROP = "backpropagation"
 LINES = {**VARIANTS, BACKPROP: {"algorithm": "bp"}}
 
 
-@dataclasses.dataclass(frozen=True)
-class AblationOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationOptions(CellOptions):
     """Settings of `reproduce ablation`."""
 
     settings: tuple[str, ...] = ("mnist", "cifar10")
@@ -63,9 +67,6 @@ class AblationOptions:
     variants: tuple[str, ...] = tuple(LINES)
     """Which losses are left out, one line each; backpropagation to compare with."""
     out: Path = Path("runs/reproduce/ablation")
-    """Folder of the results."""
-    data_dir: Path | None = None
-    """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
     epochs: int = 3
     """Passes over the training set."""
     iterations: int | None = None
@@ -78,61 +79,28 @@ class AblationOptions:
     """Learning rate at the start."""
     tangents: int = 1
     """Tangents whose forward gradients are averaged in a step."""
-    seeds: int = 3
-    """Runs of each cell."""
 
 
-def run_ablation(options: AblationOptions) -> Path:
-    """Run the ablation, or what is missing of it, and return the folder of its results."""
-    _check(options)
-    console, path = Console(), options.out / "ablation.json"
-    same = ("epochs", "iterations", "batch_size", "optimizer", "learning_rate", "tangents")
-    stored = stored_cells(path, options, same=same) or ()
-    cells = {tuple(cell[k] for k in _PLACE): cell for cell in stored}
-    for place in _order(options):
-        if place not in cells:
-            cell = trained(_config(options, *place), console=console)
-            console.print(f"{', '.join(map(str, place))}: {cell['test_error']:.2f} %")
-            cells[place] = dict(zip(_PLACE, place, strict=True)) | cell
-            _write(options, list(cells.values()))
-    _write(options, list(cells.values()))
-    return options.out
-
-
-_PLACE = ("task", "setting", "variant", "groups", "seed")
-
-
-def _check(options: AblationOptions) -> None:
-    known = {
-        "settings": SETTINGS,
-        "tasks": ("supervised", "contrastive"),
-        "variants": LINES,
-    }
-    for field, names in known.items():
+def _plan(options: AblationOptions) -> Iterator[Job]:
+    """Seed by seed: the figure is complete early, and gets more exact."""
+    tasks = get_args(Task)
+    for field, names in (("settings", SETTINGS), ("tasks", tasks), ("variants", LINES)):
         for name in getattr(options, field):
             if name not in names:
                 raise unknown_name(field.removesuffix("s"), name, names)
-    if options.seeds < 1:
-        raise InputError(f"seeds must be at least 1, got {options.seeds}")
-
-
-def _order(options: AblationOptions) -> Iterator[tuple[Task, str, str, int, int]]:
-    """Seed by seed: the figure is complete early, and gets more exact."""
+    parts = (options.tasks, options.settings, options.variants, options.groups)
     for seed in range(options.seeds):
-        for task in options.tasks:
-            for setting in options.settings:
-                for variant in options.variants:
-                    for groups in options.groups:
-                        yield task, setting, variant, groups, seed
+        for place in itertools.product(*parts):
+            yield _job(options, seed, *place)
 
 
-def _config(
-    options: AblationOptions, task: Task, setting: str, variant: str, groups: int, seed: int
-) -> TrainConfig:
+def _job(
+    options: AblationOptions, seed: int, task: Task, setting: str, variant: str, groups: int
+) -> Job:
     dataset, size = SETTINGS[setting]
     folder = f"{task}-{setting}-{variant.replace(' ', '-')}-{groups}-{seed}"
     algorithm = {"algorithm": "lg-fg-a", "tangents": options.tangents, **LINES[variant]}
-    return TrainConfig(
+    config = TrainConfig(
         task=task,
         dataset=dataset,
         network=f"{size}/{groups}",
@@ -146,71 +114,55 @@ def _config(
         data_dir=options.data_dir,
         **algorithm,
     )
+    return Job({"task": task, "setting": setting, "variant": variant, "groups": groups}, config)
 
 
-def _write(options: AblationOptions, cells: list[dict[str, Any]]) -> None:
-    header = {"experiment": "ablation", "options": options_as_json(options), **provenance()}
-    rows = over_seeds(cells, by=_PLACE[:-1])
-    write_json(options.out / "ablation.json", {**header, "cells": cells, "table": rows})
-    write_text(options.out / "ablation.md", _markdown(rows))
-    _plot(options.out / "ablation.png", rows)
+Panel = dict[tuple[str, int], Mean[AblationCell]]
+"""Means by variant and number of groups."""
 
 
-def _panels(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((row["task"], row["setting"]) for row in rows))
+def _present(means: Means) -> Presented:
+    """A table and a picture for each task and setting: a row a variant, a column a number."""
+    panels: dict[str, Panel] = {}
+    for mean in means.values():
+        cell = mean.cells[0]
+        title = "{}, {}/groups, {}".format(*SETTINGS[cell.setting], cell.task)
+        panels.setdefault(title, {})[cell.variant, cell.groups] = mean
+    text = "\n".join(f"**{title}**\n\n{_text(panel)}" for title, panel in panels.items())
+    return Presented([mean.row for mean in means.values()], text, _figure(panels))
 
 
-def _title(task: str, setting: str) -> str:
-    dataset, size = SETTINGS[setting]
-    return f"{dataset}, {size}/groups, {task}"
+def _axes(panel: Panel) -> tuple[list[str], list[int]]:
+    """The variants and the numbers of groups that there are."""
+    variants, groups = (set(each) for each in zip(*panel, strict=True))
+    return [name for name in LINES if name in variants], sorted(groups)
 
 
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    """A table for each panel: a row a variant, a column a number of groups."""
-    return "\n".join(_panel_as_text(rows, *panel) for panel in _panels(rows))
+def _text(panel: Panel) -> str:
+    variants, groups = _axes(panel)
+    rows = [
+        [name, *(panel[name, g].text if (name, g) in panel else "" for g in groups)]
+        for name in variants
+    ]
+    return markdown(["groups", *map(str, groups)], rows)
 
 
-def _panel_as_text(rows: list[dict[str, Any]], task: str, setting: str) -> str:
-    own = [row for row in rows if (row["task"], row["setting"]) == (task, setting)]
-    groups = sorted({row["groups"] for row in own})
-    errors = {(row["variant"], row["groups"]): _entry(row) for row in own}
-    lines = [f"**{_title(task, setting)}**", ""]
-    lines += [f"| groups | {' | '.join(map(str, groups))} |", f"|---|{'--:|' * len(groups)}"]
-    for variant in (name for name in LINES if any(row["variant"] == name for row in own)):
-        entries = [errors.get((variant, g), "") for g in groups]
-        lines.append(f"| {' | '.join([variant, *entries])} |")
-    return "\n".join(lines) + "\n"
-
-
-def _entry(row: dict[str, Any]) -> str:
-    spread = f" ± {row['test_error_std']:.2f}" if row["seeds"] > 1 else ""
-    return f"{row['test_error_mean']:.2f}{spread}"
-
-
-def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    panels = _panels(rows)
+def _figure(panels: Mapping[str, Panel]) -> Figure:
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for variant in LINES:
-            own = [r for r in rows if (r["task"], r["setting"], r["variant"]) == (*panel, variant)]
-            own.sort(key=lambda row: row["groups"])
-            if own:
-                axes.errorbar(
-                    [row["groups"] for row in own],
-                    [row["test_error_mean"] for row in own],
-                    yerr=[row["test_error_std"] for row in own],
-                    marker=".",
-                    capsize=2,
-                    label=variant,
-                    **_STYLES[variant],
-                )
-        ticks = sorted({r["groups"] for r in rows if (r["task"], r["setting"]) == panel})
+    every = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, panel) in zip(every, panels.items(), strict=True):
+        variants, groups = _axes(panel)
+        for name in variants:
+            own = [(g, panel[name, g]) for g in groups if (name, g) in panel]
+            errors, spreads = ([getattr(m, k) for _, m in own] for k in ("error", "spread"))
+            style = {"marker": ".", "capsize": 2, "label": name, **_STYLES[name]}
+            axes.errorbar([g for g, _ in own], errors, yerr=spreads, **style)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(g) for g in ticks])
-        axes.set(xlabel="channel groups", ylabel="test error (%)", title=_title(*panel))
+        axes.set_xticks(groups, [str(g) for g in groups])
+        axes.set(xlabel="channel groups", ylabel="test error (%)", title=title)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    save(figure, path)
+    return figure
 
 
 _STYLES: dict[str, dict[str, Any]] = {
@@ -223,6 +175,15 @@ _STYLES: dict[str, dict[str, Any]] = {
     BACKPROP: {"color": "tab:blue", "linestyle": ":"},
 }
 
-ABLATION = Experiment(
-    "ablation", "what losses by block, patch and group each bring", AblationOptions, run_ablation
+ABLATION = of_cells(
+    "ablation",
+    "what losses by block, patch and group each bring",
+    AblationOptions,
+    Cells(
+        kind=AblationCell,
+        plan=_plan,
+        present=_present,
+        same=("epochs", "iterations", "batch_size", "optimizer", "learning_rate", "tangents"),
+        title="Which local losses help",
+    ),
 )

@@ -18,9 +18,8 @@ from matplotlib.figure import Figure
 from forwardgrad._diagnose import diagnose
 from forwardgrad._diagnosis import Diagnosis, DiagnosisRow
 from forwardgrad._errors import InputError
-from forwardgrad._files import write_json
 from forwardgrad._provenance import provenance
-from forwardgrad.experiments._figures import save
+from forwardgrad.results import save, write
 from forwardgrad.training import TrainConfig, load_run, problem, resolve
 from forwardgrad.training._config import Task
 
@@ -84,10 +83,9 @@ def run_diagnose(options: DiagnoseOptions) -> dict[str, Diagnosis]:
     settings = {k: getattr(base, k) for k in ("task", "dataset", "network", "batch_size", "seed")}
     settings["weights"] = "initial" if options.run is None else f"of run {options.run.name}"
     header = {"experiment": "diagnose", "options": settings, **provenance()}
-    write_json(options.out / "diagnosis.json", {**header, "diagnoses": entries})
-    plot_diagnoses(
-        options.out / "diagnosis.png", diagnoses, f"{base.network}, {base.dataset}, {base.task}"
-    )
+    write(options.out / "diagnosis.json", {**header, "diagnoses": entries})
+    figure = plot_diagnoses(diagnoses, f"{base.network}, {base.dataset}, {base.task}")
+    save(figure, options.out / "diagnosis.png")
     return diagnoses
 
 
@@ -130,7 +128,7 @@ Points = Callable[[DiagnosisRow], tuple[float, float, float] | None]
 """A number of a row between the ends of its error bar, or None."""
 
 
-def plot_diagnoses(path: Path, diagnoses: Mapping[str, Diagnosis], title: str) -> None:
+def plot_diagnoses(diagnoses: Mapping[str, Diagnosis], title: str) -> Figure:
     """Cosine, relative variance and bias of every layer, a colour an algorithm."""
     names = [row.name for row in next(iter(diagnoses.values())).rows]
     height = 1.5 + len(names) * (0.2 + 0.11 * len(diagnoses))
@@ -154,7 +152,7 @@ def plot_diagnoses(path: Path, diagnoses: Mapping[str, Diagnosis], title: str) -
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.suptitle(f"{title}; error bars are two standard errors")
-    save(figure, path)
+    return figure
 
 
 def _draw(axes: Axes, diagnosis: Diagnosis, points: Points, offset: float, **style: Any) -> None:

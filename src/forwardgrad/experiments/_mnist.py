@@ -10,34 +10,36 @@ interrupted experiment continues where it was.
 
 import dataclasses
 import functools
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from forwardgrad._files import write_json
-from forwardgrad._provenance import provenance
-from forwardgrad.experiments._experiment import Experiment, options_as_json
-from forwardgrad.experiments._figures import save
+from forwardgrad._console import Console
+from forwardgrad.experiments._experiment import (
+    CellOptions,
+    Cells,
+    Experiment,
+    Job,
+    Means,
+    Presented,
+    of_cells,
+)
+from forwardgrad.results import CurveCell, Mean, look, markdown
 from forwardgrad.training import TrainConfig, fit
 
 ALGORITHMS = ("bp", "fg-w")
 
 
-@dataclasses.dataclass(frozen=True)
-class MnistOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MnistOptions(CellOptions):
     """Settings of `reproduce mnist-*`."""
 
-    out: Path | None = None
-    """Folder of the results. Default: runs/reproduce/NAME."""
-    data_dir: Path | None = None
-    """Folder with mnist/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
     iterations: int = 5000
     """Steps of each run."""
     seeds: int = 5
-    """Runs of each cell."""
     learning_rates: tuple[float, ...] = (2e-5, 2e-4)
     """Learning rates at the start."""
     decay: float = 1e-4
@@ -46,121 +48,116 @@ class MnistOptions:
     """Steps between the points of the curves, each the mean loss since the last."""
 
 
-def run_mnist(network: str, options: MnistOptions) -> Path:
-    """Run the experiment, or what is missing of it, and return the folder of its results."""
-    name = f"mnist-{network}"
-    out = options.out or Path("runs/reproduce") / name
-    cells = [
-        _cell(network, algorithm, rate, seed, out, options)
-        for seed in range(options.seeds)
-        for rate in options.learning_rates
-        for algorithm in ALGORITHMS
-    ]
-    header = {"experiment": name, "options": options_as_json(options), **provenance()}
-    write_json(out / f"{name}.json", {**header, "cells": cells, "table": _table(cells)})
-    _plot(out / f"{name}.png", cells, name)
-    return out
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogregOptions(MnistOptions):
+    """Settings of `reproduce mnist-logreg`."""
+
+    out: Path = Path("runs/reproduce/mnist-logreg")
 
 
-def _cell(
-    network: str, algorithm: str, rate: float, seed: int, out: Path, options: MnistOptions
-) -> dict[str, Any]:
-    folder = out / "runs" / f"{algorithm}-{rate:g}-{seed}"
-    config = TrainConfig(
-        dataset="mnist",
-        network=network,
-        algorithm=algorithm,
-        seed=seed,
-        iterations=options.iterations,
-        learning_rate=rate,
-        schedule="exponential",
-        decay=options.decay,
-        momentum=0.0,
-        tangents=1,
-        clip=None,
-        exact_last=False,
-        normalise=False,
-        log_every=options.log_every,
-        eval_every=1_000_000,
-        out=folder,
-        data_dir=options.data_dir,
-        resume=True,
-    )
-    summary = fit(config)
-    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    points = [line for line in lines if line["event"] == "steps"]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpOptions(MnistOptions):
+    """Settings of `reproduce mnist-mlp`."""
+
+    out: Path = Path("runs/reproduce/mnist-mlp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CnnOptions(MnistOptions):
+    """Settings of `reproduce mnist-cnn`."""
+
+    out: Path = Path("runs/reproduce/mnist-cnn")
+
+
+def _plan(network: str, options: MnistOptions) -> Iterator[Job]:
+    for seed in range(options.seeds):
+        for rate in options.learning_rates:
+            for algorithm in ALGORITHMS:
+                config = TrainConfig(
+                    dataset="mnist",
+                    network=network,
+                    algorithm=algorithm,
+                    seed=seed,
+                    iterations=options.iterations,
+                    learning_rate=rate,
+                    schedule="exponential",
+                    decay=options.decay,
+                    momentum=0.0,
+                    tangents=1,
+                    clip=None,
+                    exact_last=False,
+                    normalise=False,
+                    log_every=options.log_every,
+                    eval_every=1_000_000,
+                    out=options.out / "runs" / f"{algorithm}-{rate:g}-{seed}",
+                    data_dir=options.data_dir,
+                )
+                yield Job({"algorithm": algorithm, "learning_rate": rate}, config)
+
+
+def _make(job: Job, options: MnistOptions, console: Console) -> dict[str, Any]:
+    run = fit(dataclasses.replace(job.config, resume=True), console=console)
+    lines = [line for line in run.measurements if line.event == "steps"]
     return {
-        "algorithm": algorithm,
-        "learning_rate": rate,
-        "seed": seed,
-        "test_error": summary["test_error"],
-        "seconds": summary["seconds"],
-        "date": summary["date"],
-        "steps": [p["step"] for p in points],
-        "losses": [float(f"{p['loss']:.5g}") for p in points],
-        "times": [round(p["seconds"], 4) for p in points],
+        **{name: getattr(run.result, name) for name in ("test_error", "seconds", "date")},
+        "steps": tuple(line.step for line in lines),
+        "losses": tuple(float(f"{line.loss:.5g}") for line in lines),
+        "times": tuple(round(line.seconds or 0.0, 4) for line in lines),
     }
 
 
-def _groups(cells: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault((cell["algorithm"], cell["learning_rate"]), []).append(cell)
-    return groups
+def _row(mean: Mean[CurveCell]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of the test error, and of the final loss."""
+    losses = [cell.losses[-1] for cell in mean.cells]
+    return {**mean.row, "loss_mean": float(np.mean(losses)), "loss_std": float(np.std(losses))}
 
 
-def _table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of the final loss and the test error."""
-    rows = []
-    for (algorithm, rate), group in _groups(cells).items():
-        losses = [cell["losses"][-1] for cell in group]
-        errors = [cell["test_error"] for cell in group]
-        rows.append(
-            {
-                "algorithm": algorithm,
-                "learning_rate": rate,
-                "seeds": len(group),
-                "loss_mean": float(np.mean(losses)),
-                "loss_std": float(np.std(losses)),
-                "test_error_mean": float(np.mean(errors)),
-                "test_error_std": float(np.std(errors)),
-                "seconds_median": float(np.median([cell["seconds"] for cell in group])),
-            }
-        )
-    return rows
+def _present(name: str, means: Means) -> Presented:
+    rows = [_row(mean) for mean in means.values()]
+    texts = [
+        [*place.row, f"{row['loss_mean']:.4f}", mean.text]
+        for (place, mean), row in zip(means.items(), rows, strict=True)
+    ]
+    heads = ["algorithm", "learning rate", "loss", "test error"]
+    return Presented(rows, markdown(heads, texts), _figure(means, name))
 
 
-def _plot(path: Path, cells: list[dict[str, Any]], title: str) -> None:
+def _figure(means: Means, title: str) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    rates = sorted({cell["learning_rate"] for cell in cells})
-    for (algorithm, rate), group in sorted(_groups(cells).items()):
-        losses = np.array([cell["losses"] for cell in group])
-        times = np.mean([cell["times"] for cell in group], axis=0)
-        color = {"bp": "tab:blue", "fg-w": "tab:red"}[algorithm]
-        style = ("-", "--", ":", "-.")[rates.index(rate) % 4]
-        for axes, x in ((left, group[0]["steps"]), (right, times)):
+    rates = sorted({float(place.row[1]) for place in means})
+    for place, mean in sorted(means.items()):
+        losses = np.array([cell.losses for cell in mean.cells])
+        times = np.mean([cell.times for cell in mean.cells], axis=0)
+        first, color = mean.cells[0], look(place.row[0])[0]
+        style = ("-", "--", ":", "-.")[rates.index(float(place.row[1])) % 4]
+        for axes, x in ((left, first.steps), (right, times)):
             axes.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.15, lw=0)
-            axes.plot(x, losses.mean(0), style, color=color, label=f"{algorithm}, {rate:g}")
+            axes.plot(x, losses.mean(0), style, color=color, label=", ".join(place.row))
     left.set(xlabel="iteration", ylabel="training loss")
     right.set(xlabel="time (s)")
     left.legend(title="algorithm, learning rate")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    save(figure, path)
+    return figure
+
+
+def _experiment(network: str, what: str, options: type) -> Experiment:
+    name = f"mnist-{network}"
+    cells = Cells(
+        kind=CurveCell,
+        plan=functools.partial(_plan, network),
+        present=functools.partial(_present, name),
+        make=_make,
+        same=("iterations", "decay", "log_every"),
+    )
+    summary = f"forward gradient and backpropagation on MNIST, {what}"
+    return of_cells(name, summary, options, cells)
 
 
 MNIST = [
-    Experiment(
-        f"mnist-{network}",
-        f"forward gradient and backpropagation on MNIST, {what}",
-        MnistOptions,
-        functools.partial(run_mnist, network),
-    )
-    for network, what in (
-        ("logreg", "logistic regression"),
-        ("mlp", "fully connected network"),
-        ("cnn", "convolutional network"),
-    )
+    _experiment("logreg", "logistic regression", LogregOptions),
+    _experiment("mlp", "fully connected network", MlpOptions),
+    _experiment("cnn", "convolutional network", CnnOptions),
 ]

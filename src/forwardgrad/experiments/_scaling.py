@@ -8,8 +8,8 @@ backpropagation and forward gradients up to 100 layers.
 """
 
 import dataclasses
+from os.path import lexists
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,10 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from forwardgrad._files import write_json
-from forwardgrad._provenance import provenance
 from forwardgrad.estimators import Backpropagation, WeightPerturbation
-from forwardgrad.experiments._checkpointed import checkpointed
-from forwardgrad.experiments._experiment import (
-    Experiment,
-    options_as_json,
-    stored_cells,
-)
-from forwardgrad.experiments._figures import save
-from forwardgrad.experiments._measure import Step, interleave
+from forwardgrad.experiments._experiment import Experiment, header, stored
+from forwardgrad.experiments._measure import Step, checkpointed, interleave
+from forwardgrad.results import Header, save, write
 
 MIB = 2**20
 
@@ -104,64 +97,81 @@ def mlp_problem(depth: int, batch_size: int, width: int) -> tuple[list[dict], tu
     return params, (x, jax.random.randint(label_key, (batch_size,), 0, width))
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Seconds of a method's step, its temporary memory and its operations."""
+
+    seconds: tuple[float, ...]
+    temp_bytes: int
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """What the methods cost on a network of that depth."""
+
+    depth: int
+    batch: int
+    methods: dict[str, Cost]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling(Header):
+    """What is stored."""
+
+    options: ScalingOptions
+    cells: dict[str, Depth]
+
+
 def run_scaling(options: ScalingOptions) -> Path:
     """Run the experiment, or what is missing of it, and return the folder of its results."""
-    path = options.out / "scaling.json"
-    cells = stored_cells(path, options, same=("width", "repeats")) or {}
+    path, cells = options.out / "scaling.json", {}
+    if lexists(path):
+        cells = dict(stored(path, Scaling, options, same=("width", "repeats")).cells)
     for depth in options.depths:
         for batch_size in options.batch_sizes:
             name = f"depth {depth}, batch {batch_size}"
             if name not in cells:
-                cells[name] = {
-                    "depth": depth,
-                    "batch": batch_size,
-                    **_measure(depth, batch_size, options),
-                }
-                header = {"experiment": "scaling", "options": options_as_json(options)}
-                write_json(path, {**header, **provenance(), "cells": cells})
-    _plot(options.out / "scaling.png", list(cells.values()), options)
+                cells[name] = _measure(depth, batch_size, options)
+                write(path, {**header("scaling", options), "cells": cells})
+    save(_figure(list(cells.values()), options), options.out / "scaling.png")
     return options.out
 
 
-def _measure(depth: int, batch_size: int, options: ScalingOptions) -> dict[str, Any]:
+def _measure(depth: int, batch_size: int, options: ScalingOptions) -> Depth:
     params, batch = mlp_problem(depth, batch_size, options.width)
     steps = {name: Step(loss, params, e, batch) for name, (loss, e) in METHODS.items()}
     seconds = interleave(steps, options.repeats)
-    return {
-        "methods": {
-            name: {
-                "seconds": [float(f"{s:.6g}") for s in seconds[name]],
-                "temp_bytes": step.temp_bytes,
-                "flops": step.flops,
-            }
-            for name, step in steps.items()
-        }
+    costs = {
+        name: Cost(tuple(float(f"{s:.6g}") for s in seconds[name]), step.temp_bytes, step.flops)
+        for name, step in steps.items()
     }
+    return Depth(depth, batch_size, costs)
 
 
-def _plot(path: Path, cells: list[dict[str, Any]], options: ScalingOptions) -> None:
+def _figure(cells: list[Depth], options: ScalingOptions) -> Figure:
     figure = Figure(figsize=(5 * len(options.batch_sizes), 7), layout="constrained")
     axes = figure.subplots(2, len(options.batch_sizes), squeeze=False, sharex=True)
     for column, batch_size in enumerate(options.batch_sizes):
-        mine = sorted((c for c in cells if c["batch"] == batch_size), key=lambda c: c["depth"])
-        depths = [c["depth"] for c in mine]
+        mine = sorted((c for c in cells if c.batch == batch_size), key=lambda c: c.depth)
+        depths = [c.depth for c in mine]
         for name in METHODS:
-            rows = [c["methods"][name] for c in mine]
-            times = np.array([row["seconds"] for row in rows]) * 1e3
+            rows = [c.methods[name] for c in mine]
+            times = np.array([row.seconds for row in rows]) * 1e3
             mean, spread = times.mean(axis=1), times.std(axis=1)
             (line,) = axes[0, column].plot(depths, mean, marker=".", label=name)
             axes[0, column].fill_between(
                 depths, mean - spread, mean + spread, alpha=0.2, color=line.get_color()
             )
             axes[1, column].plot(
-                depths, [row["temp_bytes"] / MIB for row in rows], marker=".", label=name
+                depths, [row.temp_bytes / MIB for row in rows], marker=".", label=name
             )
         axes[0, column].set(title=f"batch {batch_size}", ylabel="time of a step (ms)")
         axes[1, column].set(xlabel=f"layers of {options.width}", ylabel="temporary memory (MiB)")
     axes[0, 0].legend()
     for a in axes.flat:
         a.grid(alpha=0.3)
-    save(figure, path)
+    return figure
 
 
 SCALING = Experiment(

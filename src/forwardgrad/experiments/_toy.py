@@ -18,13 +18,11 @@ from jaxtyping import Array, Float
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from forwardgrad._files import write_json
-from forwardgrad._provenance import provenance
 from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import AbstractEstimator, Backpropagation, WeightPerturbation
-from forwardgrad.experiments._experiment import Experiment, options_as_json
-from forwardgrad.experiments._figures import save
+from forwardgrad.experiments._experiment import Experiment, header
 from forwardgrad.experiments._measure import interleave
+from forwardgrad.results import save, write
 
 Point = Float[Array, "2"]
 
@@ -80,9 +78,8 @@ class ToyOptions:
 def run_toy(options: ToyOptions) -> Path:
     """Run the experiment, and return the folder of its results."""
     results = {name: _solve(problem, options) for name, problem in PROBLEMS.items()}
-    header = {"experiment": "toy", "options": options_as_json(options), **provenance()}
-    write_json(options.out / "toy.json", {**header, "results": results})
-    _plot(options.out / "toy.png", results)
+    write(options.out / "toy.json", {**header("toy", options), "results": results})
+    save(_figure(results), options.out / "toy.png")
     return options.out
 
 
@@ -120,7 +117,7 @@ def _descent(problem: _Problem, estimator: AbstractEstimator, iterations: int):
     return descent
 
 
-def _plot(path: Path, results: dict[str, Any]) -> None:
+def _figure(results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(12, 3.4 * len(results)), layout="constrained")
     rows = figure.subplots(len(results), 3)
     for (name, result), (left, middle, right) in zip(results.items(), rows, strict=True):
@@ -137,7 +134,7 @@ def _plot(path: Path, results: dict[str, Any]) -> None:
         middle.set(xlabel="iteration", ylabel="f", yscale="log")
         right.set(xlabel="time (ms)", ylabel="f", yscale="log")
         middle.legend()
-    save(figure, path)
+    return figure
 
 
 def _contours(axes, problem: _Problem) -> None:

@@ -1,15 +1,41 @@
-"""Runs, tables and experiments, found in folders."""
+"""Runs, tables and other experiments, found in folders."""
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from forwardgrad._errors import InputError
-from forwardgrad.report._read import CONFIG, METRICS, SUMMARY, read_result, read_run
-from forwardgrad.report._stored import Collection, Other, Run, Table
+from forwardgrad._files import open_file
+from forwardgrad.experiments import COMPARE, EXPERIMENTS, Cells
+from forwardgrad.report._table import StoredTable
+from forwardgrad.results import CurveCell, Grid, Header, Options, TableCell, read
+from forwardgrad.training import Run, read_run
 
 DEFAULT_FOLDERS = (Path("runs"), Path("results"))
-"""Where runs are looked for: the first of these that exists."""
+_KNOWN = {**EXPERIMENTS, "compare": COMPARE}
+_UNKNOWN = Cells(kind=TableCell, plan=iter, present=NotImplemented, same=())
+_OF_A_RUN = {"config.json", "metrics.jsonl", "summary.json"}
+
+
+class Other(NamedTuple):
+    """An experiment that is no table, or a benchmark, and the picture beside it."""
+
+    path: Path
+    header: Header
+    picture: bytes | None
+
+
+@dataclasses.dataclass
+class Collection:
+    """All that there is, in the order of the paths, and a sentence for what cannot be read."""
+
+    folders: Sequence[Path]
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    tables: list[StoredTable] = dataclasses.field(default_factory=list)
+    others: list[Other] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
 
 
 def collect(folders: Sequence[Path]) -> Collection:
@@ -17,34 +43,29 @@ def collect(folders: Sequence[Path]) -> Collection:
 
     **Raises:**
 
-    `InputError` if one is not a folder, or there is nothing.
+    `InputError` if one is not a folder, or there is nothing that can be read.
     """
-    folders = tuple(folders) or _default()
-    for folder in folders:
+    found = Collection(folders or [folder for folder in DEFAULT_FOLDERS if folder.is_dir()][:1])
+    if not found.folders:
+        raise InputError("folders: there is neither runs nor results here: expected the folders")
+    for folder in found.folders:
         if not folder.is_dir():
             raise InputError(f"folders: {folder} is not a folder")
-    runs, tables, others, problems = [], [], [], []
-    for folder, names in _walk(folders):
-        found = [_or_problem(read, problems) for read in _readers(folder, names, problems)]
-        runs += [each for each in found if isinstance(each, Run)]
-        tables += [each for each in found if isinstance(each, Table)]
-        others += [each for each in found if isinstance(each, Other)]
-    if not (runs or tables or others or problems):
+    for folder, names in _walk(found.folders):
+        # Other JSON files in a run's folder are parts of the run.
+        of_a_run = not _OF_A_RUN.isdisjoint(names)
+        for path in [folder] if of_a_run else [folder / n for n in names if n.endswith(".json")]:
+            try:
+                _add(found, path)
+            except InputError as error:
+                found.problems.append(str(error))
+    if not (found.runs or found.tables or found.others):
         raise InputError(
-            f"folders: {', '.join(map(str, folders))} hold no results: expected folders of "
+            f"folders: {', '.join(map(str, found.folders))} hold no results: expected folders of "
             "forwardgrad train, or JSON files of forwardgrad reproduce and compare"
+            + "".join(f"; {problem}" for problem in found.problems[:1])
         )
-    return Collection(folders, tuple(runs), tuple(tables), tuple(others), tuple(problems))
-
-
-def _default() -> tuple[Path, ...]:
-    for folder in DEFAULT_FOLDERS:
-        if folder.is_dir():
-            return (folder,)
-    raise InputError(
-        f"folders: there is neither {' nor '.join(map(str, DEFAULT_FOLDERS))} here: "
-        "expected the folders to read"
-    )
+    return found
 
 
 def _walk(folders: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
@@ -52,32 +73,45 @@ def _walk(folders: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
     seen = set()
     for top in folders:
         for place, inner, names in os.walk(top):
-            inner[:] = sorted(n for n in inner if n != "checkpoints" and not n.startswith("."))
+            # A folder in the place of a run's file is a part of the run.
+            files = {*names, *_OF_A_RUN.intersection(inner)}
+            inner[:] = sorted(n for n in {*inner} - files - {"checkpoints"} if n[0] != ".")
             folder = Path(place)
             if folder.resolve() not in seen:
                 seen.add(folder.resolve())
-                yield folder, sorted(n for n in names if not n.startswith("."))
+                yield folder, sorted(name for name in files if name[0] != ".")
 
 
-def _readers(
-    folder: Path, names: Sequence[str], problems: list[str]
-) -> Iterator[Callable[[], Run | Table | Other | None]]:
-    if {CONFIG, METRICS, SUMMARY} & set(names):
-        # Other JSON files in a run's folder are parts of the run.
-        yield lambda: read_run(folder, problems)
+def _add(found: Collection, path: Path) -> None:
+    if path.is_dir():
+        run, problems = read_run(path)
+        found.runs.append(run)
+        found.problems += map(str, problems)
         return
-    for name in names:
-        if name.endswith(".json"):
-            yield lambda path=folder / name: read_result(path)
+    value = read(path, Any)  # pyright: ignore[reportArgumentType]
+    if isinstance(value, dict) and {"experiment", "benchmark"} & set(value):
+        cells, kind = _cells(value)
+        if cells is not None:
+            found.tables.append(StoredTable(path, read(path, kind), cells))
+        else:
+            found.others.append(Other(path, read(path, Header), _picture(path.with_suffix(".png"))))
 
 
-def _or_problem(
-    read: Callable[[], Run | Table | Other | None], problems: list[str]
-) -> Run | Table | Other | None:
-    try:
-        return read()
-    except InputError as error:
-        problems.append(str(error))
-    except OSError as error:
-        problems.append(f"{error.filename} cannot be read: {error.strerror}")
-    return None
+def _cells(value: dict[str, Any]) -> tuple[Cells | None, Any]:
+    """How a table is presented, and what its file holds; None if it is none."""
+    name, cells = value.get("experiment"), value.get("cells")
+    known = _KNOWN.get(name) if isinstance(name, str) else None
+    if known is not None and known.cells is not None and known.cells.kind is not CurveCell:
+        return known.cells, Grid[known.cells.kind, known.options]
+    if isinstance(cells, list) and any(isinstance(c, dict) and "column" in c for c in cells):
+        return _UNKNOWN, Grid[TableCell, Options]
+    return None, None
+
+
+def _picture(path: Path) -> bytes | None:
+    if not os.path.lexists(path):
+        return None
+    with open_file(path) as file:
+        if (picture := file.read(2**26)).startswith(b"\x89PNG\r\n\x1a\n"):
+            return picture
+    raise InputError(f"{path} is damaged: expected a PNG")

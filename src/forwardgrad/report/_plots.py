@@ -1,45 +1,73 @@
 """Learning curves, and cost against accuracy."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from forwardgrad.report._paper import in_order
-from forwardgrad.report._read import number
-from forwardgrad.report._runs import in_table
-from forwardgrad.report._stored import Collection, Run
-from forwardgrad.report._tables import by_place
-from forwardgrad.report._view import Group, Plot, Point, Series
-from forwardgrad.training._config import NOT_OF_THE_RESULT
+from forwardgrad.experiments import in_order
+from forwardgrad.report._collect import Collection
+from forwardgrad.report._table import column
+from forwardgrad.results import look, picture, scale
+from forwardgrad.training import Run
+from forwardgrad.training._config import of_the_result
 
-CURVES = (("test_error", "test error (%)"), ("loss", "training loss"))
+Point = tuple[float, float]
 
-Cost = tuple[str, str, int, Point]
+_MARKERS = ("", "o", "^", "v", "x", "+")
 
 
-def curves(collection: Collection) -> tuple[Group, ...]:
+class Series(NamedTuple):
+    """A line, with the seeds that it is the mean of, or a single point."""
+
+    label: str
+    algorithm: str
+    points: list[Point]
+    seeds: list[list[Point]] = []  # noqa: RUF012
+    variant: int = 0
+
+
+class Plot(NamedTuple):
+    """A picture, and what there is to see, in words."""
+
+    name: str
+    alt: str
+    figure: Figure
+    series: list[Series]
+
+
+class Group(NamedTuple):
+    """Plots under one heading."""
+
+    title: str
+    note: str
+    plots: list[Plot]
+
+
+def curves(collection: Collection) -> list[Group]:
     """Test error and loss against epochs, for runs that share task, data set and network."""
-    groups = []
-    for column, runs in _by_column(collection.runs).items():
+    groups: list[Group] = []
+    for title, runs in _by_column(collection.runs).items():
         plots = []
-        for key, ylabel in CURVES:
-            series = [_curve(*each, key) for each in _alike(runs)]
-            if series := tuple(s for s in series if s.points):
+        for key, label in (("test_error", "test error (%)"), ("loss", "training loss")):
+            series = [s for each in _alike(runs) if (s := _curve(*each, key)).points]
+            if series:
                 name = f"curves-{len(groups) + 1}-{key.replace('_', '-')}"
-                plots.append(Plot(name, "lines", "epochs", ylabel, series))
+                plots.append(_plot(name, "epochs", label, series, _line))
         if plots:
             counts = f"{len(runs)} run{'s' * (len(runs) > 1)}"
             note = f"{counts}; where there are several seeds, they are thin and their mean is thick"
-            groups.append(Group(column, note, tuple(plots)))
-    return tuple(groups)
+            groups.append(Group(title, note, plots))
+    return groups
 
 
-def costs(collection: Collection) -> tuple[Group, ...]:
+def costs(collection: Collection) -> list[Group]:
     """Seconds of training against test error: each column of a table, and the runs beside them."""
-    found = [*_of_tables(collection), *_of_runs(collection)]
-    shown = [(name, points) for name, points in found if len(points) > 1]
-    return tuple(_cost(f"cost-{i}", *each) for i, each in enumerate(shown, 1))
+    shown = [(title, series) for title, series in _costs(collection) if len(series) > 1]
+    return [_cost(f"cost-{i}", *each) for i, each in enumerate(shown, 1)]
 
 
 def pareto(points: Sequence[Point]) -> list[bool]:
@@ -51,101 +79,125 @@ def pareto(points: Sequence[Point]) -> list[bool]:
     return [not any(x <= a and y <= b and (x, y) != (a, b) for x, y in points) for a, b in points]
 
 
-def _of_tables(collection: Collection) -> Iterator[tuple[str, list[Cost]]]:
-    for table in (t for t in collection.tables if t.heads == ("algorithm",)):
-        columns: dict[str, list[Cost]] = {}
-        for (column, row), cells in by_place(table.cells).items():
-            ends = [(c.seconds, c.test_error) for c in cells]
-            _add(columns.setdefault(column, []), row[0], row[0], 0, ends)
-        folder = table.path.parent.as_posix()
-        yield from ((f"{column}, {folder}", points) for column, points in columns.items())
-
-
-def _of_runs(collection: Collection) -> Iterator[tuple[str, list[Cost]]]:
-    alone = [
-        run
-        for run in collection.runs
-        if run.state == "finished" and not any(in_table(run, table) for table in collection.tables)
-    ]
-    for column, runs in _by_column(alone).items():
-        points: list[Cost] = []
+def _costs(collection: Collection) -> Iterator[tuple[str, list[Series]]]:
+    for table in (t for t in collection.tables if t.cells.kind.ROW == ("algorithm",)):
+        for name in table.table.columns:
+            own = [
+                (p.row[0], mean.cells) for p, mean in table.table.means.items() if p.column == name
+            ]
+            points = [p for algorithm, cells in own for p in _mean(algorithm, algorithm, 0, cells)]
+            yield f"{name}, {table.path.parent.as_posix()}", points
+    finished = [run for run in collection.runs if run.state == "finished"]
+    alone = [run for run in finished if not any(table.has(run) for table in collection.tables)]
+    for title, runs in _by_column(alone).items():
+        points = []
         for label, same, variant in _alike(runs):
-            ends = [(number(r.summary.get("seconds")), r.summary["test_error"]) for r in same]
-            _add(points, label, same[0].algorithm, variant, ends)
-        yield f"{column}, single runs", points
+            ends = [run.result for run in same]
+            points += _mean(label, ends[0].algorithm, variant, ends)
+        yield f"{title}, single runs", points
+
+
+def _mean(label: str, algorithm: str, variant: int, ends: Iterable[Any]) -> Iterator[Series]:
+    """The mean over seeds, of those whose seconds are known."""
+    known = [(end.seconds, end.test_error) for end in ends if end.seconds]
+    if known:
+        seconds, error = np.mean(known, axis=0)
+        yield Series(label, algorithm, [(float(seconds), float(error))], variant=variant)
 
 
 def _by_column(runs: Iterable[Run]) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.column, []).append(run)
+        groups.setdefault(column(run), []).append(run)
     return groups
 
 
 def _alike(runs: Sequence[Run]) -> list[tuple[str, list[Run], int]]:
     """Runs that differ in the seed alone, with a label and the number among their algorithm's."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[Any, list[Run]] = {}
     for run in runs:
-        groups.setdefault(repr(sorted(_settings(run).items(), key=lambda x: x[0])), []).append(run)
+        groups.setdefault(tuple(_settings(run).values()), []).append(run)
     found = []
-    for algorithm in in_order([run.algorithm for run in runs]):
-        own = [group for group in groups.values() if group[0].algorithm == algorithm]
+    for algorithm in in_order([run.config.algorithm for run in runs]):
+        own = [group for group in groups.values() if group[0].config.algorithm == algorithm]
+        others = [_settings(group[0]) for group in own]
         for i, group in enumerate(own):
-            others = [_settings(other[0]) for other in own]
-            found.append((_label(algorithm, _settings(group[0]), others), group, i))
+            differing = [k for k, v in others[i].items() if any(o[k] != v for o in others)]
+            settings = [f"{k.replace('_', ' ')} {others[i][k]}" for k in differing]
+            found.append((", ".join([algorithm, *settings]), group, i))
     return found
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in run.settings.items() if k not in ("seed", *NOT_OF_THE_RESULT)}
-
-
-def _label(algorithm: str, settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    """The algorithm, and those settings that tell it from the others."""
-    differing = [k for k in settings if any(o.get(k) != settings[k] for o in others)]
-    return ", ".join([algorithm, *(f"{k.replace('_', ' ')} {settings[k]}" for k in differing)])
+    return {k: v for k, v in of_the_result(run.config).items() if k != "seed"}
 
 
 def _curve(label: str, runs: Sequence[Run], variant: int, key: str) -> Series:
     """The mean over seeds, at the epochs that all of them have."""
-    seeds = [_points(run, key) for run in runs]
+    seeds = []
+    for run in runs:
+        lines = [line for line in run.measurements if line.event == "epoch"]
+        seeds.append({e.epoch: y for e in lines if (y := getattr(e, key)) is not None})
     seeds = [points for points in seeds if points]
-    common = set.intersection(*(set(points) for points in seeds)) if seeds else set()
-    mean = tuple((x, float(np.mean([points[x] for points in seeds]))) for x in sorted(common))
-    thin = tuple(tuple(sorted(points.items())) for points in seeds) if len(seeds) > 1 else ()
-    return Series(label, runs[0].algorithm, mean, thin, variant)
+    common = set.intersection(*map(set, seeds)) if seeds else set()
+    mean = [(x, float(np.mean([points[x] for points in seeds]))) for x in sorted(common)]
+    thin = [sorted(points.items()) for points in seeds] if len(seeds) > 1 else []
+    return Series(label, runs[0].config.algorithm, mean, thin, variant)
 
 
-def _points(run: Run, key: str) -> dict[float, float]:
-    lines = [line for line in run.lines if line.get("event") == "epoch"]
-    points = [(number(line.get("epoch")), number(line.get(key))) for line in lines]
-    return {x: y for x, y in points if x is not None and y is not None}
-
-
-def _add(
-    costs: list[Cost],
-    label: str,
-    algorithm: str,
-    variant: int,
-    points: Sequence[tuple[float | None, float]],
-) -> None:
-    """The mean over seeds, of those whose seconds are known."""
-    known = [(seconds, error) for seconds, error in points if seconds]
-    if known:
-        seconds, error = np.mean(known, axis=0)
-        costs.append((label, algorithm, variant, (float(seconds), float(error))))
-
-
-def _cost(name: str, title: str, costs: Sequence[Cost]) -> Group:
-    best = pareto([point for *_, point in costs])
-    order = in_order([algorithm for _, algorithm, *_ in costs])
-    series = [
-        Series(label, algorithm, (point,), variant=variant, marked=marked)
-        for (label, algorithm, variant, point), marked in zip(costs, best, strict=True)
-    ]
-    series.sort(key=lambda s: order.index(s.algorithm))
-    optimal = sorted((s.points[0], s.label) for s in series if s.marked)
-    listed = "; ".join(f"{label} ({x:.3g} s, {y:.2f} %)" for (x, y), label in optimal)
+def _cost(name: str, title: str, series: list[Series]) -> Group:
+    order = in_order([s.algorithm for s in series])
+    series = sorted(series, key=lambda s: order.index(s.algorithm))
+    best = [s for s, b in zip(series, pareto([s.points[0] for s in series]), strict=True) if b]
+    best.sort(key=lambda s: s.points[0])
+    listed = "; ".join(f"{s.label} ({x:.3g} s, {y:.2f} %)" for s in best for x, y in s.points)
+    plot = _plot(name, "seconds of training", "test error (%)", series, _point)
+    axes, points = plot.figure.axes[0], [s.points[0] for s in best]
+    axes.plot(*zip(*points, strict=True), color="gray", linewidth=1, linestyle=":")
+    axes.plot(*zip(*points, strict=True), "o", color="gray", markersize=12, fillstyle="none")
+    scale(axes, "x", [s.points[0][0] for s in series])
     note = f"On the front, where nothing is both faster and more accurate: {listed}."
-    plot = Plot(name, "points", "seconds of training", "test error (%)", tuple(series))
-    return Group(title, note, (plot,))
+    return Group(title, note, [plot])
+
+
+def _plot(
+    name: str, x: str, y: str, series: list[Series], draw: Callable[[Axes, Series, str], None]
+) -> Plot:
+    longest = max(len(_label(s)) for s in series)
+    columns = max(1, min(4, 60 // (longest + 5)))
+    figure = Figure(figsize=(5.4, 3.4 + 0.22 * -(-len(series) // columns)), layout="constrained")
+    axes = figure.subplots()
+    for each in series:
+        draw(axes, each, _label(each))
+    scale(axes, "y", [y for s in series for line in (s.points, *s.seeds) for _, y in line])
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(linewidth=0.6, alpha=0.4)
+    # Names are no formulas.
+    with mpl.rc_context({"text.parse_math": False}):
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    # Every file has the same layout, whichever is made first.
+    picture(figure)
+    figure.set_layout_engine("none")
+    ends = "; ".join(f"{s.label}: {s.points[-1][1]:.3g}" for s in series)
+    return Plot(name, f"{y} against {x}, {'at the end ' * (x == 'epochs')}{ends}", figure, series)
+
+
+def _line(axes: Axes, series: Series, label: str) -> None:
+    color, style, _ = look(series.algorithm)
+    for points in series.seeds:
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=0.6, alpha=0.5)
+    # A single epoch makes no line.
+    marker = _MARKERS[series.variant % len(_MARKERS)] or ("o" if len(series.points) == 1 else "")
+    ends: Any = {"color": color, "linestyle": style, "marker": marker, "label": label}
+    axes.plot(*zip(*series.points, strict=True), linewidth=1.8, markevery=0.1, **ends)
+
+
+def _point(axes: Axes, series: Series, label: str) -> None:
+    color, _, marker = look(series.algorithm)
+    axes.plot(*series.points[0], color=color, marker=marker, linestyle="none", label=label)
+
+
+def _label(series: Series) -> str:
+    """Without what a legend or an XML file cannot hold."""
+    text = "".join(c if c.isprintable() else "?" for c in series.label)
+    return (text.lstrip("_") or "?")[:60]

@@ -17,8 +17,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
         const [x, y] = [a.cells[column], b.cells[column]];
         // What is empty comes last, either way.
         if (!x.textContent || !y.textContent) return !x.textContent - !y.textContent;
-        if (x.dataset.key && y.dataset.key) return sign * (x.dataset.key - y.dataset.key);
-        return sign * x.textContent.localeCompare(y.textContent);
+        const difference = x.textContent - y.textContent;
+        return sign * (difference || x.textContent.localeCompare(y.textContent));
       };
       body.append(...[...body.rows].sort(compare));
     });

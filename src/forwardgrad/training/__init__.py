@@ -3,23 +3,29 @@
 from forwardgrad.training._algorithms import ALGORITHMS as ALGORITHMS
 from forwardgrad.training._algorithms import resolve as resolve
 from forwardgrad.training._config import TrainConfig as TrainConfig
+from forwardgrad.training._folder import Run as Run
+from forwardgrad.training._folder import command as command
+from forwardgrad.training._folder import read_run as read_run
 from forwardgrad.training._interrupt import Interrupted as Interrupted
 from forwardgrad.training._loop import fit as fit
 from forwardgrad.training._loop import load_run as load_run
-from forwardgrad.training._problem import Problem as Problem
-from forwardgrad.training._problem import problem as problem
 from forwardgrad.training._readout import fit_readout as fit_readout
 from forwardgrad.training._readout import readout_file as readout_file
+from forwardgrad.training._setup import Problem as Problem
+from forwardgrad.training._setup import problem as problem
 
 __all__ = [
     "ALGORITHMS",
     "Interrupted",
     "Problem",
+    "Run",
     "TrainConfig",
+    "command",
     "fit",
     "fit_readout",
     "load_run",
     "problem",
+    "read_run",
     "readout_file",
     "resolve",
 ]

@@ -1,19 +1,22 @@
 """Checkpoints: arrays by Orbax, with digests of its files, so that damage is noticed."""
 
+import dataclasses
 import errno
 import hashlib
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
 from forwardgrad._errors import InputError
-from forwardgrad._files import read_json, write_json, writing
+from forwardgrad._files import writing
+from forwardgrad.results import read, write
 from forwardgrad.training._state import TrainState
 
 KEEP = 2
@@ -23,6 +26,23 @@ DIGESTS = "digests.json"
 
 SPARE = 2**18
 """Bytes beside the arrays that must be free for a checkpoint: its index, and whole blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progressed:
+    """What belongs to a state: the version of its draws, its seconds, and its lines of metrics."""
+
+    draws: int
+    seconds: float
+    lines: int
+
+
+class Restored(NamedTuple):
+    """A state and what belongs to it; and how newer ones are damaged, by their steps."""
+
+    state: TrainState
+    progress: Progressed
+    damaged: dict[int, str]
 
 
 class Checkpoints:
@@ -36,6 +56,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, reads: bool = False):
         self._folder = folder.absolute()
+        for path in folder.rglob("*"):
+            # Orbax would wait for a pipe.
+            if not (path.is_file() or path.is_dir()):
+                raise InputError(f"checkpoint {path} is damaged: expected a file")
         # Orbax logs choices that are made for us, and a trace for every error that it raises too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         with writing(folder):
@@ -50,7 +74,7 @@ class Checkpoints:
                 item_names=("arrays", "meta"),
             )
 
-    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
+    def save(self, state: TrainState, progress: Progressed) -> None:
         """Store a state and what belongs to it, if that step is not stored yet."""
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -61,33 +85,29 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(progress)
+                    arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(vars(progress))
                 ),
             )
             self._manager.wait_until_finished()
         where = self._folder / str(step)
-        write_json(where / DIGESTS, _digests(where))
+        write(where / DIGESTS, _digests(where))
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[int, str]] | None:
-        """The newest intact state and what belongs to it; None if none was stored.
-
-        **Returns:**
-
-        Also, for each newer step, a sentence that says how its checkpoint is damaged.
+    def restore(self, like: TrainState) -> Restored | None:
+        """The newest intact state; None if none was stored.
 
         **Raises:**
 
         `InputError` if every checkpoint is damaged or belongs to something else.
         """
-        problems = {}
+        damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return *self._restore(step, like), problems
+                return Restored(*self._restore(step, like), damaged)
             except InputError as error:
-                problems[step] = str(error)
-        if problems:
+                damaged[step] = str(error)
+        if damaged:
             raise InputError(
-                f"no checkpoint in {self._folder} can be used ({'; '.join(problems.values())}); "
+                f"no checkpoint in {self._folder} can be used ({'; '.join(damaged.values())}); "
                 "start anew with another --out"
             )
         return None
@@ -111,13 +131,13 @@ class Checkpoints:
         if not (where / DIGESTS).exists():
             return  # the process ended before it wrote them, and after the checkpoint was whole
         try:
-            intact = _digests(where) == read_json(where / DIGESTS)
+            intact = _digests(where) == read(where / DIGESTS, dict[str, str])
         except (InputError, OSError) as error:
             raise InputError(f"checkpoint {where} is damaged: it cannot be read") from error
         if not intact:
             raise InputError(f"checkpoint {where} is damaged: its contents have changed")
 
-    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, Progressed]:
         where = self._folder / str(step)
         self._check(where)
         try:
@@ -127,7 +147,9 @@ class Checkpoints:
                     arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
                 ),
             )
-            arrays, meta = restored["arrays"], dict(restored["meta"])
+            arrays, meta = restored["arrays"], restored["meta"]
+            # The first versions of the package had no number for their draws.
+            progress = msgspec.convert({"draws": 0, **meta}, Progressed)
         except Exception as error:
             raise InputError(f"checkpoint {where} is damaged: it cannot be read") from error
         expected = named_arrays(like)
@@ -136,7 +158,7 @@ class Checkpoints:
         }:
             raise InputError(f"checkpoint {where} holds the arrays of another network or optimiser")
         leaves = [jax.numpy.asarray(arrays[name]) for name in expected]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), progress
 
 
 def named_arrays(state: TrainState) -> dict[str, np.ndarray]:

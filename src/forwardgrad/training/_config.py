@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from forwardgrad._errors import InputError, check_seed, unknown_name
 from forwardgrad._files import local
+from forwardgrad.results import fields
 
 Task = Literal["supervised", "contrastive"]
 Augment = Literal["none", "crop-flip", "simclr"]
@@ -208,35 +209,10 @@ WITH_MOMENTUM = ("sgd", "rmsprop", "lars")
 NOT_OF_THE_RESULT = ("out", "data_dir", "resume", "checkpoint_every")
 """Settings that may differ between a run and its continuation."""
 
-_PATHS = ("out", "data_dir")
-
-
-def as_json(config: TrainConfig) -> dict[str, Any]:
-    """The settings as JSON values."""
-    fields = dataclasses.asdict(config)
-    return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
-
-
-def from_json(fields: Any, source: Path) -> TrainConfig:
-    """The settings that `as_json` wrote; one that it did not know yet has its default.
-
-    **Raises:**
-
-    `InputError`, naming `source`, if they are not such settings.
-    """
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if not isinstance(fields, dict) or not set(fields) <= known:
-        raise InputError(f"{source} is damaged or of another version: expected a run's settings")
-    paths = {k: Path(v) for k, v in fields.items() if k in _PATHS and v is not None}
-    try:
-        return TrainConfig(**{**fields, **paths})
-    except (InputError, TypeError) as error:
-        raise InputError(f"{source} is damaged: {error}") from error
-
 
 def of_the_result(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide a run's bits, as JSON values."""
-    return {k: v for k, v in as_json(config).items() if k not in NOT_OF_THE_RESULT}
+    """The settings that decide a run's bits."""
+    return {k: v for k, v in fields(config).items() if k not in NOT_OF_THE_RESULT}
 
 
 def differences(stored: TrainConfig, config: TrainConfig) -> list[str]:

@@ -1,22 +1,114 @@
-"""The folder of a run: whose it is, and whether it may be written."""
+"""The folder of a run: whose it is, whether it may be written, and what it holds."""
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from os.path import lexists
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 
 from forwardgrad._errors import InputError
-from forwardgrad._files import read_json, write_json, writing
-from forwardgrad.training._config import TrainConfig, as_json, differences, from_json
+from forwardgrad._files import writing
+from forwardgrad.results import Measurement, Summary, read, read_lines, write
+from forwardgrad.training._config import TrainConfig, differences
 
-CONFIG, SUMMARY, CHECKPOINTS, CURVES = "config.json", "summary.json", "checkpoints", "curves.png"
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CHECKPOINTS, CURVES = "checkpoints", "curves.png"
 LOCK = ".lock"
 
 
-def find_folder(config: TrainConfig) -> tuple[Path, dict[str, Any] | None]:
-    """The folder that a run will write to, and its summary if it is finished already.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run as its folder has it.
+
+    **Arguments:**
+
+    - `folder`: of the run.
+    - `config`: its settings.
+    - `measurements`: the lines of its metrics.
+    - `summary`: what it ended with; None if it is not finished.
+    """
+
+    folder: Path
+    config: TrainConfig
+    measurements: tuple[Measurement, ...]
+    summary: Summary | None
+
+    @property
+    def result(self) -> Summary:
+        """What the run ended with.
+
+        **Raises:**
+
+        `InputError` if it is not finished.
+        """
+        if self.summary is None:
+            raise InputError(
+                f"the run in {self.folder} is not finished: continue it with {self.command}"
+            )
+        return self.summary
+
+    @property
+    def command(self) -> str:
+        """What continues the run, with those of its settings that are not the defaults."""
+        options = {}
+        for field in dataclasses.fields(TrainConfig):
+            value = getattr(self.config, field.name)
+            if field.name not in ("out", "resume") and value != field.default:
+                # Only a setting that is True or False, and never None, is a flag.
+                options[field.name] = value if isinstance(field.default, bool) else str(value)
+        return command(["train"], {**options, "out": self.folder, "resume": True})
+
+    @property
+    def state(self) -> Literal["finished", "diverged", "unfinished"]:
+        """How far it got."""
+        if self.summary is not None:
+            return "finished"
+        diverged = self.measurements and self.measurements[-1].event == "diverged"
+        return "diverged" if diverged else "unfinished"
+
+
+def read_run(folder: Path | str) -> tuple[Run, tuple[InputError, ...]]:
+    """The run in a folder, and what is damaged of it besides its settings.
+
+    Of metrics the lines before the first that is damaged are taken, and a summary that is damaged
+    counts as none.
+
+    **Raises:**
+
+    `InputError` if the folder holds no run, or its settings are damaged.
+    """
+    folder, problems = Path(folder), []
+    config, summary, lines = load_config(folder), None, ()
+    if lexists(folder / METRICS):
+        lines, problem = read_lines(folder / METRICS, Measurement)
+        problems += [problem] if problem else []
+    if lexists(folder / SUMMARY):
+        try:
+            summary = read(folder / SUMMARY, Summary)
+        except InputError as error:
+            problems.append(error)
+    return Run(folder, config, lines, summary), tuple(problems)
+
+
+def load_config(folder: Path) -> TrainConfig:
+    """The settings of the run in a folder; one that it did not know yet has its default.
+
+    **Raises:**
+
+    `InputError` if it holds no run, or the file is damaged.
+    """
+    path = folder / CONFIG
+    if not lexists(path):
+        raise InputError(f"folder {folder} holds no run: {path} is missing")
+    return read(path, TrainConfig, known=True)
+
+
+def find_folder(config: TrainConfig) -> tuple[Path, Run | None]:
+    """The folder that a run will write to, and the run in it if that is finished already.
 
     Nothing is written: the data and the network may still turn out not to be usable.
 
@@ -26,11 +118,14 @@ def find_folder(config: TrainConfig) -> tuple[Path, dict[str, Any] | None]:
     files of something else.
     """
     folder = _choose(config)
-    stored = folder / CONFIG
-    if stored.exists():
+    if lexists(folder / CONFIG):
         _check_same(folder, config)
-        summary = folder / SUMMARY
-        return folder, read_json(summary) if summary.exists() else None
+        if not lexists(folder / SUMMARY):
+            return folder, None
+        run, problems = read_run(folder)
+        for problem in problems:
+            raise problem
+        return folder, run
     with writing(folder):
         # A write that was cut short leaves a hidden file, and the folder as good as new.
         occupied = folder.exists() and any(f.name[0] != "." for f in folder.iterdir())
@@ -76,21 +171,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def claim_folder(folder: Path, config: TrainConfig) -> None:
     """Make the folder this run's, unless it is already."""
-    if not (folder / CONFIG).exists():
-        write_json(folder / CONFIG, as_json(config))
-
-
-def load_config(folder: Path) -> TrainConfig:
-    """The settings of the run in a folder.
-
-    **Raises:**
-
-    `InputError` if it holds no run, or the file is damaged.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise InputError(f"folder {folder} holds no run: {path} is missing")
-    return from_json(read_json(path), path)
+    if not lexists(folder / CONFIG):
+        write(folder / CONFIG, config)
 
 
 def _choose(config: TrainConfig) -> Path:
@@ -118,3 +200,25 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
         raise InputError(
             f"out folder {folder} holds a run with other settings: {'; '.join(different)}"
         )
+
+
+def command(words: Sequence[str], options: Mapping[str, Any]) -> str:
+    """A line for the shell.
+
+    >>> command(["reproduce", "table3"], {"columns": ["mnist"], "batch_size": 128, "resume": True})
+    'forwardgrad reproduce table3 --columns mnist --batch-size 128 --resume'
+    """
+    return shlex.join(["forwardgrad", *words, *(w for o in options.items() for w in _words(*o))])
+
+
+def _words(name: str, value: Any) -> Iterator[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        yield f"--{flag}" if value else f"--no-{flag}"
+    elif isinstance(value, list | tuple):
+        yield from (f"--{flag}", *map(str, value))
+    elif str(value).startswith("-"):
+        # A value that looks like an option has to be joined to its name.
+        yield f"--{flag}={value}"
+    else:
+        yield from (f"--{flag}", str(value))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +13,19 @@ import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
-from forwardgrad import __version__
 from forwardgrad._errors import InputError
-from forwardgrad._files import write_json, writing
+from forwardgrad._files import writing
+from forwardgrad.results import Measurement, Summary, read_lines, save, write
 from forwardgrad.training._algorithms import resolve
-from forwardgrad.training._checkpoint import Checkpoints
+from forwardgrad.training._batches import Feed
+from forwardgrad.training._checkpoint import Checkpoints, Progressed
 from forwardgrad.training._config import TrainConfig
 from forwardgrad.training._folder import (
     CHECKPOINTS,
     CURVES,
+    METRICS,
     SUMMARY,
+    Run,
     claim_folder,
     find_folder,
     load_config,
@@ -31,11 +33,10 @@ from forwardgrad.training._folder import (
     make_folder,
 )
 from forwardgrad.training._interrupt import Interrupted, StopRequest
-from forwardgrad.training._metrics import Metrics, read_lines
-from forwardgrad.training._plots import plot_curves
+from forwardgrad.training._metrics import Metrics, curves
 from forwardgrad.training._progress import Progress
-from forwardgrad.training._run import Run
-from forwardgrad.training._state import Feed, TrainState
+from forwardgrad.training._setup import Setup
+from forwardgrad.training._state import TrainState
 
 CHUNK_SECONDS = 1.0
 """How long the compiled loop runs before it looks at signals, the clock and the terminal."""
@@ -44,7 +45,7 @@ DRAWS = 2
 """The version of how tangents and feedback weights are drawn, which a run keeps to its end."""
 
 
-def fit(config: TrainConfig, *, console: Console | None = None) -> dict[str, Any]:
+def fit(config: TrainConfig, *, console: Console | None = None) -> Run:
     """Train a network, and leave everything about it in a folder.
 
     The folder gets `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`, TensorBoard
@@ -58,7 +59,7 @@ def fit(config: TrainConfig, *, console: Console | None = None) -> dict[str, Any
 
     **Returns:**
 
-    The summary, as in `summary.json`, and `"out"`, the folder.
+    The run, whose `result` is what `summary.json` holds.
 
     **Raises:**
 
@@ -67,20 +68,21 @@ def fit(config: TrainConfig, *, console: Console | None = None) -> dict[str, Any
     """
     config = resolve(config)
     folder, finished = find_folder(config)
-    if finished is not None:
-        return {**finished, "out": str(folder), "was_finished": True}
     with Progress(console) as progress:
+        if finished is not None:
+            progress.note(f"The run in {folder} is finished already.")
+            return finished
         progress.note(f"loading {config.dataset} ...")
-        run = Run(config)
+        setup = Setup(config)
         with writing(folder):
             folder = make_folder(config, folder)
         with locked(folder):
             # Another process may have had it while the data were read.
             _, finished = find_folder(dataclasses.replace(config, out=folder))
             if finished is not None:
-                return {**finished, "out": str(folder), "was_finished": True}
+                return finished
             claim_folder(folder, config)
-            with contextlib.closing(_Session(config, folder, run, progress)) as session:
+            with contextlib.closing(_Session(config, folder, setup, progress)) as session:
                 session.train()
                 return session.finish()
 
@@ -105,11 +107,11 @@ def load_run(
 
     `InputError` if the folder holds no run or no checkpoint, or all are damaged.
     """
-    config, run, params = restored(Path(folder), data_dir)
-    return config, run.network(params)
+    config, setup, params = restored(Path(folder), data_dir)
+    return config, setup.network(params)
 
 
-def restored(folder: Path, data_dir: Path | str | None) -> tuple[TrainConfig, Run, PyTree]:
+def restored(folder: Path, data_dir: Path | str | None) -> tuple[TrainConfig, Setup, PyTree]:
     """The settings of the run in a folder, the run made ready, and its last parameters.
 
     **Raises:**
@@ -121,33 +123,29 @@ def restored(folder: Path, data_dir: Path | str | None) -> tuple[TrainConfig, Ru
         config = dataclasses.replace(config, data_dir=Path(data_dir))
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"folder {folder} holds no checkpoint yet")
-    run = Run(config)
+    setup = Setup(config)
     with contextlib.closing(Checkpoints(folder / CHECKPOINTS, reads=True)) as checkpoints:
-        found = checkpoints.restore(run.state)
+        found = checkpoints.restore(setup.state)
     if found is None:
         raise InputError(f"folder {folder} holds no checkpoint yet")
-    return config, run, found[0].params
+    return config, setup, found.state.params
+
+
+_OF_THE_CONFIG = ("task", "algorithm", "network", "dataset", "seed")
 
 
 class _Session:
     """One process's share of a run: from a checkpoint, or the start, to an end or the next."""
 
-    def __init__(self, config: TrainConfig, folder: Path, run: Run, progress: Progress):
-        self.config, self.folder, self.run, self.progress = config, folder, run, progress
+    def __init__(self, config: TrainConfig, folder: Path, setup: Setup, progress: Progress):
+        self.config, self.folder, self.setup, self.progress = config, folder, setup, progress
         self.checkpoints = Checkpoints(folder / CHECKPOINTS)
-        self.state, self.seconds, lines = run.state, 0.0, []
-        restored = self.checkpoints.restore(run.state)
-        if restored is not None and restored[1].get("draws") != DRAWS:
-            raise InputError(
-                f"the checkpoint in {folder / CHECKPOINTS} is of an earlier version of "
-                "forwardgrad, which drew other tangents and feedback weights, so that this one "
-                "cannot continue the run: start anew with another --out"
-            )
-        if restored is not None:
-            self.state, stored, problems = restored
-            self.seconds = stored["seconds"]
-            lines = read_lines(folder, stored["lines"])
-            for step, problem in problems.items():
+        self.state, self.seconds, lines = setup.state, 0.0, ()
+        if (stored := self.checkpoints.restore(setup.state)) is not None:
+            self._check_draws(stored.progress.draws)
+            self.state, self.seconds = stored.state, stored.progress.seconds
+            lines = self._lines_before(stored.progress.lines)
+            for step, problem in stored.damaged.items():
                 progress.note(f"{problem}; continuing from an older one")
                 self.checkpoints.discard(step)
         self.step = int(self.state.step)
@@ -157,11 +155,11 @@ class _Session:
 
     def train(self) -> None:
         """Take the state to the last step."""
-        self.progress.start(self.step, self.run.steps, self.run.steps_per_epoch)
+        self.progress.start(self.step, self.setup.steps, self.setup.steps_per_epoch)
         with StopRequest() as stop:
             for feed, start, end in self._chunks():
                 began = time.monotonic()
-                self.state = self.run.advance(self.state, feed, start, end)
+                self.state = self.setup.advance(self.state, feed, start, end)
                 losses = np.asarray(self.state.losses)
                 elapsed = time.monotonic() - began
                 self.seconds += elapsed
@@ -174,111 +172,125 @@ class _Session:
                 if time.monotonic() - self.saved_at > self.config.checkpoint_every:
                     self._save()
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Run:
         """Measure the final errors, and write the summary and the picture."""
         self._save()
-        last = self.metrics.lines[-1]
-        epochs = self.step / self.run.steps_per_epoch
-        summary = {
-            "task": self.config.task,
-            "algorithm": self.config.algorithm,
-            "network": self.config.network,
-            "dataset": self.config.dataset,
-            "epochs": int(epochs) if epochs.is_integer() else epochs,
-            "steps": self.step,
-            "seed": self.config.seed,
-            "parameters": self.run.parameters,
-            "test_error": last["test_error"],
-            "train_error": self.run.train_error(self.state.params),
-            "train_loss": last["loss"],
-            "seconds": self.seconds,
-            "backend": jax.default_backend(),
-            "jax_version": jax.__version__,
-            "forwardgrad_version": __version__,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        title = f"{self.config.algorithm}, {self.config.network}, {self.config.dataset}"
-        plot_curves(self.folder / CURVES, self.metrics.lines, title)
+        config, lines = self.config, tuple(self.metrics.lines)
+        assert lines[-1].test_error is not None
+        assert lines[-1].loss is not None
+        epochs = self.step / self.setup.steps_per_epoch
+        summary = Summary.here(
+            **{name: getattr(config, name) for name in _OF_THE_CONFIG},
+            epochs=int(epochs) if epochs.is_integer() else epochs,
+            steps=self.step,
+            parameters=self.setup.parameters,
+            test_error=lines[-1].test_error,
+            train_error=self.setup.train_error(self.state.params),
+            train_loss=lines[-1].loss,
+            seconds=self.seconds,
+        )
+        title = f"{config.algorithm}, {config.network}, {config.dataset}"
+        save(curves(lines, title), self.folder / CURVES)
         # Last: a run is finished when its summary is there.
-        write_json(self.folder / SUMMARY, summary)
-        return {**summary, "out": str(self.folder), "was_finished": False}
+        write(self.folder / SUMMARY, summary)
+        return Run(self.folder, config, lines, summary)
 
     def close(self) -> None:
         """Let go of the files."""
         self.metrics.close()
         self.checkpoints.close()
 
+    def _check_draws(self, draws: int) -> None:
+        if draws != DRAWS:
+            raise InputError(
+                f"the checkpoint in {self.folder / CHECKPOINTS} is of an earlier version of "
+                "forwardgrad, which drew other tangents and feedback weights, so that this one "
+                "cannot continue the run: start anew with another --out"
+            )
+
+    def _lines_before(self, count: int) -> tuple[Measurement, ...]:
+        """The metrics that the checkpoint knows of; what came after it is done again."""
+        lines, problem = read_lines(self.folder / METRICS, Measurement)
+        if len(lines) < count:
+            raise problem or InputError(
+                f"{self.folder / METRICS} is damaged: expected {count} lines, got {len(lines)}"
+            )
+        return lines[:count]
+
     def _chunks(self) -> Iterator[tuple[Feed, int, int]]:
         """Feeds with ranges of steps in them, each about `CHUNK_SECONDS` long."""
         count, compiled = 1, False
-        while self.step < self.run.steps:
-            for feed, start, stop in self.run.feeds.epoch(
-                *divmod(self.step, self.run.steps_per_epoch)
+        while self.step < self.setup.steps:
+            for feed, start, stop in self.setup.feeds(
+                *divmod(self.step, self.setup.steps_per_epoch)
             ):
                 if not compiled:
                     # No steps: compiles, and so keeps that out of the run's seconds.
-                    self.state, compiled = self.run.advance(self.state, feed, start, start), True
-                while start < stop and self.step < self.run.steps:
+                    self.state, compiled = self.setup.advance(self.state, feed, start, start), True
+                while start < stop and self.step < self.setup.steps:
                     end = start + min(count, stop - start, self._steps_to_next_line())
                     yield feed, start, end
                     count = max(1, min(2 * count, int(CHUNK_SECONDS / self.pace)))
                     start = end
-                if self.step == self.run.steps:
+                if self.step == self.setup.steps:
                     return
 
     def _steps_to_next_line(self) -> int:
-        left = self.run.steps - self.step
+        left = self.setup.steps - self.step
         if self.config.log_every is None:
             return left
         return min(left, self.config.log_every - self.step % self.config.log_every)
 
     def _check_finite(self, losses: np.ndarray, count: int) -> None:
         steps = np.arange(self.step - count, self.step)
-        values = losses[steps % self.run.steps_per_epoch]
+        values = losses[steps % self.setup.steps_per_epoch]
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             raise self._diverged(f"the loss is {values[bad[0]]} at step {steps[bad[0]]}")
 
     def _diverged(self, what: str) -> InputError:
-        self.metrics.add({**self._place("diverged"), "reason": what})
+        self._add("diverged", reason=what)
         return InputError(
             f"{what}, the run diverged: try a learning_rate below {self.config.learning_rate} or a "
             f"smaller clip; the last finite checkpoint is kept in {self.folder / CHECKPOINTS}"
         )
 
     def _report(self, losses: np.ndarray) -> None:
-        position = (self.step - 1) % self.run.steps_per_epoch + 1
+        position = (self.step - 1) % self.setup.steps_per_epoch + 1
         every = self.config.log_every
         if every is not None and self.step % every == 0:
-            count = min(every, self.run.steps_per_epoch)
-            recent = losses[np.arange(self.step - count, self.step) % self.run.steps_per_epoch]
-            self.metrics.add(self._line("steps", float(np.mean(recent))))
-        if position == self.run.steps_per_epoch or self.step == self.run.steps:
+            count = min(every, self.setup.steps_per_epoch)
+            recent = losses[np.arange(self.step - count, self.step) % self.setup.steps_per_epoch]
+            self._add("steps", loss=float(np.mean(recent)), learning_rate=self._rate())
+        if position == self.setup.steps_per_epoch or self.step == self.setup.steps:
             self._report_epoch(losses[:position], position)
         self.progress.update(self.step, float(np.mean(losses[:position])))
 
     def _report_epoch(self, losses: np.ndarray, position: int) -> None:
-        line = self._line("epoch", float(np.mean(losses)))
         wrong = int(np.sum(np.asarray(self.state.errors)[:position]))
-        line["train_error"] = 100.0 * wrong / (position * self.run.examples_per_step)
-        epoch = -(-self.step // self.run.steps_per_epoch)
-        if epoch % self.config.eval_every == 0 or self.step == self.run.steps:
-            line["test_error"] = self.run.test_error(self.state.params)
-            self.progress.error = line["test_error"]
-        self.metrics.add(line)
+        epoch, test_error = -(-self.step // self.setup.steps_per_epoch), None
+        if epoch % self.config.eval_every == 0 or self.step == self.setup.steps:
+            self.progress.error = test_error = self.setup.test_error(self.state.params)
+        self._add(
+            "epoch",
+            loss=float(np.mean(losses)),
+            learning_rate=self._rate(),
+            train_error=100.0 * wrong / (position * self.setup.examples_per_step),
+            test_error=test_error,
+        )
 
-    def _line(self, event: str, loss: float) -> dict[str, Any]:
-        rate = float(np.asarray(self.run.learning_rate(self.step)))
-        return {**self._place(event), "loss": loss, "learning_rate": rate}
+    def _rate(self) -> float:
+        return float(np.asarray(self.setup.learning_rate(self.step)))
 
-    def _place(self, event: str) -> dict[str, Any]:
-        epoch = self.step / self.run.steps_per_epoch
-        return {"event": event, "epoch": epoch, "step": self.step, "seconds": self.seconds}
+    def _add(self, event: str, **fields: Any) -> None:
+        epoch = self.step / self.setup.steps_per_epoch
+        place = {"epoch": epoch, "step": self.step, "seconds": self.seconds}
+        self.metrics.add(Measurement(event=event, **place, **fields))
 
     def _stop(self, signum: int) -> None:
         self._save()
         raise Interrupted(
-            f"stopped at step {self.step} of {self.run.steps}; the checkpoint is in "
+            f"stopped at step {self.step} of {self.setup.steps}; the checkpoint is in "
             f"{self.folder / CHECKPOINTS}, and --resume --out {self.folder} continues the run",
             signum,
         )
@@ -286,8 +298,8 @@ class _Session:
     def _save(self) -> None:
         if not all(np.isfinite(leaf).all() for leaf in _parameters(self.state)):
             raise self._diverged(f"the parameters are not finite after step {self.step}")
-        progress = {"draws": DRAWS, "seconds": self.seconds, "lines": len(self.metrics.lines)}
-        self.checkpoints.save(self.state, progress)
+        lines = len(self.metrics.lines)
+        self.checkpoints.save(self.state, Progressed(DRAWS, self.seconds, lines))
         self.saved_at = time.monotonic()
 
 

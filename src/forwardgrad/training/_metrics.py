@@ -1,12 +1,12 @@
-"""What a run reports: JSON lines, and the same for TensorBoard."""
+"""What a run reports: JSON lines, the same for TensorBoard, and a picture of them."""
 
-import json
-import math
 import os
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import (
     Event,  # pyright: ignore[reportAttributeAccessIssue]
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
@@ -14,10 +14,9 @@ from tensorboardX.proto.event_pb2 import (
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from forwardgrad._errors import InputError
-from forwardgrad._files import write_lines, writing
-
-FILE = "metrics.jsonl"
+from forwardgrad._files import write_text, writing
+from forwardgrad.results import Measurement, as_line, fields
+from forwardgrad.training._folder import METRICS
 
 
 class Metrics:
@@ -29,29 +28,25 @@ class Metrics:
     - `lines`: those of the run so far, when it is continued; later ones are dropped.
     """
 
-    def __init__(self, folder: Path, lines: list[dict[str, Any]]):
-        self._path = folder / FILE
-        self.lines = lines
-        write_lines(self._path, lines)
-        step = lines[-1]["step"] if lines else 0
+    def __init__(self, folder: Path, lines: Iterable[Measurement]):
+        self._path, self.lines = folder / METRICS, list(lines)
+        write_text(self._path, "".join(map(as_line, self.lines)))
         with writing(folder):
             # Not SummaryWriter: on a full disk its thread dies, and the next lines wait for it.
             self._board = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
             self._record(file_version="brain.Event:2")
-            if lines:
+            if self.lines:
                 # What an interrupted process wrote of later steps is not to be shown.
-                self._record(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+                step = self.lines[-1].step + 1
+                self._record(step=step, session_log=SessionLog(status=SessionLog.START))
 
-    def add(self, line: dict[str, Any]) -> None:
-        """Add a line, wholly or not at all; what is not finite becomes null, as JSON has it."""
-        line = {
-            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()
-        }
+    def add(self, line: Measurement) -> None:
+        """Add a line, wholly or not at all."""
         self.lines.append(line)
         with writing(self._path), self._path.open("ab", buffering=0) as file:
             end = file.tell()
             try:
-                rest = (json.dumps(line) + "\n").encode()
+                rest = as_line(line).encode()
                 while rest:
                     rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
@@ -66,29 +61,29 @@ class Metrics:
         with writing(self._path.parent):
             self._board.close()
 
-    def _show(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
+    def _show(self, line: Measurement) -> None:
+        for name, value in fields(line).items():
             if isinstance(value, float) and name != "epoch":
-                self._record(step=line["step"], summary=scalar(name, value))
+                self._record(step=line.step, summary=scalar(name, value))
         self._board.flush()
 
     def _record(self, **event: Any) -> None:
         self._board.write(Event(wall_time=time.time(), **event).SerializeToString())
 
 
-def read_lines(folder: Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` lines of a run's metrics.
-
-    **Raises:**
-
-    `InputError` if there are fewer, or one is not JSON.
-    """
-    path = folder / FILE
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    try:
-        lines = [json.loads(line) for line in text.splitlines()[:count]]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged: expected a JSON value a line, got {error}") from error
-    if len(lines) < count:
-        raise InputError(f"{path} is damaged: expected {count} lines, got {len(lines)}")
-    return lines
+def curves(lines: Sequence[Measurement], title: str) -> Figure:
+    """Loss and error against the epoch."""
+    epochs = [line for line in lines if line.event == "epoch"]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([e.epoch for e in epochs], [e.loss for e in epochs])
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    for name, label in (("train_error", "training, during the epoch"), ("test_error", "test")):
+        points = [(e.epoch, getattr(e, name)) for e in epochs if getattr(e, name) is not None]
+        right.plot([x for x, _ in points], [y for _, y in points], label=label)
+    right.set(xlabel="epoch", ylabel="error (%)", ylim=(0, None))
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    return figure

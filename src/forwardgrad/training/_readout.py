@@ -3,7 +3,6 @@
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +13,12 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from forwardgrad._errors import InputError
-from forwardgrad._files import write_json
-from forwardgrad._provenance import provenance
 from forwardgrad.data import Split
-from forwardgrad.training._evaluate import batches
-from forwardgrad.training._folder import SUMMARY, load_config
+from forwardgrad.results import Readout, write
+from forwardgrad.training._batches import batches
+from forwardgrad.training._folder import read_run
 from forwardgrad.training._loop import restored
-from forwardgrad.training._run import Run
+from forwardgrad.training._setup import Setup
 
 TOLERANCE = 1e-3
 ITERATIONS = 300
@@ -33,7 +31,7 @@ def fit_readout(
     data_dir: Path | str | None = None,
     examples: int | None = None,
     untrained: bool = False,
-) -> dict[str, Any]:
+) -> Readout:
     """Fit a linear readout on the features of a finished contrastive run.
 
     The features are those of the last block, averaged over patches, of images as they are, scaled
@@ -50,8 +48,7 @@ def fit_readout(
 
     **Returns:**
 
-    What the file holds: `train_error` and `test_error` in per cent, what they were measured on,
-    settings, date and versions.
+    What the file holds: the errors, what they were measured on, date and versions.
 
     **Raises:**
 
@@ -59,27 +56,26 @@ def fit_readout(
     """
     folder, began = Path(folder), time.monotonic()
     _check(folder, examples)
-    config, run, params = restored(folder, data_dir)
-    params = run.state.params if untrained else params
-    features, labels = _features(run, params, run.data.train, examples)
+    config, setup, params = restored(folder, data_dir)
+    params = setup.state.params if untrained else params
+    features, labels = _features(setup, params, setup.data.train, examples)
     readout, converged = _fit(features, labels)
     train_error = _error(readout, features, labels)
-    result = {
-        "task": config.task,
-        "algorithm": "untrained" if untrained else config.algorithm,
-        "network": config.network,
-        "dataset": config.dataset,
-        "seed": config.seed,
-        "features": features.shape[1],
-        "examples": len(features),
-        "limit": examples,
-        "converged": converged,
-        "train_error": train_error,
-        "test_error": _error(readout, *_features(run, params, run.data.test)),
-        "seconds": time.monotonic() - began,
-        **provenance(),
-    }
-    write_json(folder / readout_file(untrained), result)
+    result = Readout.here(
+        task=config.task,
+        algorithm="untrained" if untrained else config.algorithm,
+        network=config.network,
+        dataset=config.dataset,
+        seed=config.seed,
+        features=features.shape[1],
+        examples=len(features),
+        limit=examples,
+        converged=converged,
+        train_error=train_error,
+        test_error=_error(readout, *_features(setup, params, setup.data.test)),
+        seconds=time.monotonic() - began,
+    )
+    write(folder / readout_file(untrained), result)
     return result
 
 
@@ -91,29 +87,27 @@ def readout_file(untrained: bool) -> str:
 def _check(folder: Path, examples: int | None) -> None:
     if examples is not None and examples < 1:
         raise InputError(f"examples must be at least 1, got {examples}")
-    task = load_config(folder).task
-    if task != "contrastive":
+    run, problems = read_run(folder)
+    if run.config.task != "contrastive":
         raise InputError(
-            f"the run in {folder} has task {task!r}: its features learned from the labels, with "
-            "its classifier; a readout is for runs of task 'contrastive'"
+            f"the run in {folder} has task {run.config.task!r}: its features learned from the "
+            "labels, with its classifier; a readout is for runs of task 'contrastive'"
         )
-    if not (folder / SUMMARY).exists():
-        raise InputError(
-            f"the run in {folder} is not finished: continue it with "
-            f"forwardgrad train --resume --out {folder} and its other settings"
-        )
+    for problem in problems:
+        raise problem
+    _ = run.result
 
 
 def _features(
-    run: Run, params: PyTree, split: Split, limit: int | None = None
+    setup: Setup, params: PyTree, split: Split, limit: int | None = None
 ) -> tuple[Float[np.ndarray, "examples units"], np.ndarray]:
     """Pooled features and labels of a split, or of its first examples."""
     limit = len(split) if limit is None else min(limit, len(split))
 
     @jax.jit
     def features(params: PyTree, images: Array) -> Array:
-        network = run.network(params)
-        return network.pooled(network.blocks_output(run.inputs.plain(images)))
+        network = setup.network(params)
+        return network.pooled(network.blocks_output(setup.inputs.plain(images)))
 
     parts = [
         (np.asarray(features(params, images))[: len(images) - padding], labels[labels >= 0])

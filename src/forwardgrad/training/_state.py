@@ -8,12 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from forwardgrad._losses import Losses
 from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import AbstractEstimator
-from forwardgrad.training._inputs import Inputs
+from forwardgrad.training._batches import Feed, Inputs
 
 
 class TrainState(eqx.Module):
@@ -24,14 +24,6 @@ class TrainState(eqx.Module):
     step: Int[Array, ""]
     losses: Float[Array, " steps"]
     errors: Int[Array, " steps"]
-
-
-class Feed(eqx.Module):
-    """Examples on the device, and which of them make up each batch."""
-
-    images: UInt8[Array, "examples height width channels"]
-    labels: Int[Array, " examples"]
-    order: Int[Array, "steps batch"]
 
 
 Loss = Callable[[PyTree, Array, Array], tuple[Losses, dict[str, Array]]]

@@ -1,0 +1,218 @@
+"""A run made ready: data, network, objective, estimator and optimiser put together."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from forwardgrad._errors import InputError
+from forwardgrad._losses import Losses
+from forwardgrad.data import Dataset, load
+from forwardgrad.estimators import AbstractEstimator
+from forwardgrad.networks import AbstractNetwork, build
+from forwardgrad.training._algorithms import algorithm, resolve
+from forwardgrad.training._batches import make_error, make_feeds, make_inputs
+from forwardgrad.training._config import MOST, TrainConfig
+from forwardgrad.training._state import Loss, initial_state, make_advance, slow_in_loops
+
+SCALE = 256
+"""The batch size that a learning rate is for, where it is scaled with the batch."""
+
+
+def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step, over a run of `steps`."""
+    rate = config.learning_rate
+    assert rate is not None
+    if config.scale_learning_rate:
+        rate = rate * config.batch_size / SCALE
+    after = max(1, steps - config.warmup)
+    shape = {
+        "constant": optax.constant_schedule(rate),
+        "cosine": optax.cosine_decay_schedule(rate, after),
+        "linear": optax.linear_schedule(rate, 0.0, after),
+        # Baydin et al. 2022, Section 5: eta_i = eta_0 exp(-i k).
+        "exponential": lambda i: rate * jnp.exp(-config.decay * i),
+    }[config.schedule]
+    if not config.warmup:
+        return shape
+    ramp = optax.linear_schedule(0.0, rate, config.warmup)
+    return optax.join_schedules([ramp, shape], [config.warmup])
+
+
+def optimiser(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """The optimiser with its schedule; `adamw` and `lion` decouple the weight decay.
+
+    `lars` scales each weight matrix's update to its norm (You, Gitman & Ginsburg 2017,
+    [arXiv:1708.03888](https://arxiv.org/abs/1708.03888)).
+    """
+    rate, decay, momentum = schedule(config, steps), config.weight_decay, config.momentum
+    if config.optimizer == "adamw":
+        return optax.adamw(rate, weight_decay=decay)
+    if config.optimizer == "lion":
+        return optax.lion(rate, weight_decay=decay)
+    if config.optimizer == "lars":
+        # Biases are neither decayed nor scaled, as is usual for it.
+        return optax.lars(
+            rate,
+            weight_decay=decay,
+            weight_decay_mask=_matrices,
+            trust_ratio_mask=_matrices,
+            momentum=momentum or 0.0,
+        )
+    coupled = {
+        "sgd": optax.sgd(rate, momentum=momentum or None),
+        "adam": optax.adam(rate),
+        "rmsprop": optax.rmsprop(rate, momentum=momentum or None),
+    }[config.optimizer]
+    return optax.chain(optax.add_decayed_weights(decay), coupled) if decay else coupled
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """Which parameters are weight matrices."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+TRAIN_ERROR_EXAMPLES = 10_000
+"""How many examples of the training set its error is measured on at the end of a run."""
+
+
+class Setup:
+    """What a training loop needs, made from resolved settings.
+
+    Every random number derives from the seed: the weights from one key, the order of an epoch
+    from a second and the epoch's number, the tangents of a step from a third and its number, and
+    its images' augmentation from a fourth.
+    """
+
+    def __init__(self, config: TrainConfig):
+        seed = jax.random.key(config.seed)
+        weights_key, order_key, step_key = jax.random.split(seed, 3)
+        self.data = load(config.dataset, config.data_dir, label_column=config.label_column)
+        row = algorithm(config.algorithm)
+        network = build_network(config, self.data, weights_key)
+        params, self._static = eqx.partition(network, eqx.is_inexact_array)
+        self.estimator = row.estimator(config)
+        self.objective, self.inputs = row.objective(config), make_inputs(config, self.data)
+
+        self.feeds = make_feeds(self.data.train, config.batch_size, order_key, config.seed)
+        self.steps_per_epoch = len(self.data.train) // config.batch_size
+        self.examples_per_step = config.batch_size * self.inputs.views
+        self.keys = (jax.random.fold_in(seed, 0), step_key)
+        self.steps = config.iterations or config.epochs * self.steps_per_epoch
+        if self.steps > MOST:
+            raise InputError(
+                f"epochs (={config.epochs}) must make at most {MOST} steps, got {self.steps}"
+            )
+        self.learning_rate = schedule(config, self.steps)
+        transformation = optimiser(config, self.steps)
+        self.state = initial_state(params, transformation, self.steps_per_epoch)
+        self.advance = make_advance(
+            self.loss,
+            self.inputs,
+            self.estimator,
+            transformation,
+            self.keys,
+            parts=config.accumulate,
+            compiled_loop=not slow_in_loops(self._on_batch, params, step_key),
+        )
+        self.test_error = make_error(self.predict, self.data.test)
+        self.train_error = make_error(self.predict, self.data.train, TRAIN_ERROR_EXAMPLES)
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def network(self, params: PyTree) -> AbstractNetwork:
+        """The network with these parameters."""
+        return eqx.combine(params, self._static)
+
+    def loss(self, params: PyTree, x: Array, labels: Array) -> tuple[Losses, dict[str, Array]]:
+        """What is learned, of images as a network gets them."""
+        return self.objective(self.network(params), x, labels)
+
+    def predict(self, params: PyTree, images: Array) -> Array:
+        """The logits of images as they are stored."""
+        return self.network(params)(self.inputs.plain(images))
+
+    def _on_batch(self, params: PyTree, key: Array) -> tuple[Losses, dict[str, Array]]:
+        """The loss of a batch of two black images."""
+        images = jnp.zeros((2, *self.data.image_shape), jnp.uint8)
+        return self.loss(params, *self.inputs.training(images, jnp.zeros(2, jnp.int32), key))
+
+
+def build_network(config: TrainConfig, data: Dataset, key: Array) -> AbstractNetwork:
+    """The network of the settings, for the images and classes of a data set."""
+    objective = algorithm(config.algorithm).objective(config)
+    return build(
+        config.network,
+        image_shape=data.image_shape,
+        classes=len(data.classes),
+        key=key,
+        width=config.width,
+        depth=config.depth,
+        heads=objective.needs_heads,
+        projection=None if objective.task.uses_labels else config.projection,
+    )
+
+
+class Problem(NamedTuple):
+    """What a training step differentiates, and how.
+
+    **Arguments:**
+
+    - `loss`: `loss(params, *batch) -> (losses, aux)`, the run's objective.
+    - `params`: the arrays among the network's fields.
+    - `batch`: images [batch, height, width, channels] as the network gets them, augmented, in two
+        views in contrastive learning; and labels.
+    - `estimator`: what estimates the loss's gradient.
+    """
+
+    loss: Loss
+    params: PyTree[Array]
+    batch: tuple[Array, Array]
+    estimator: AbstractEstimator
+
+
+def problem(config: TrainConfig, network: eqx.Module | None = None) -> Problem:
+    """The first step of the run that has these settings, before it is made.
+
+    **Arguments:**
+
+    - `config`: the settings; the algorithm's defaults are filled in.
+    - `network`: one to take the place of the initial network, such as
+        [`forwardgrad.training.load_run`][] returns.
+
+    **Returns:**
+
+    Objective, parameters, the first batch of the seed's order, and the estimator.
+
+    **Raises:**
+
+    `InputError` if a setting or a file cannot be used, or `network` does not fit the settings.
+
+    >>> step = problem(TrainConfig(network="logreg", algorithm="bp", batch_size=32))
+    >>> losses, aux = step.loss(step.params, *step.batch)
+    >>> losses.terms[0].shape
+    (32,)
+    """
+    setup = Setup(resolve(config))
+    feed, start, _ = next(setup.feeds(0, 0))
+    chosen = feed.order[start]
+    params = setup.state.params
+    if network is not None:
+        params = _fitting(eqx.filter(network, eqx.is_inexact_array), params, config)
+    key = jax.random.fold_in(setup.keys[0], 0)
+    batch = setup.inputs.training(feed.images[chosen], feed.labels[chosen], key)
+    return Problem(setup.loss, params, batch, setup.estimator)
+
+
+def _fitting(params: PyTree, like: PyTree, config: TrainConfig) -> PyTree:
+    def shapes(tree):
+        return [leaf.shape for leaf in jax.tree.leaves(tree)], jax.tree.structure(tree)
+
+    if shapes(params) != shapes(like):
+        raise InputError(
+            f"network does not have the parameters that network {config.network!r} has for "
+            f"algorithm {config.algorithm!r}: heads of local losses, or other sizes"
+        )
+    return params
