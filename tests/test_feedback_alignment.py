@@ -298,3 +298,24 @@ def test_both_parts_of_complex_activations_get_an_error(estimator):
     kept = step(w, state=init(w))[1]
     for name, grad in grads.items():
         assert jnp.array_equal(kept[name], grad)
+
+
+def test_direct_feedback_to_a_loop_whose_outputs_are_read_out():
+    (x, y), w = data(0), {**weights(0), "state": 0.1 * jnp.eye(HIDDEN)}
+
+    def fun(w):
+        def step(h, x):
+            h = jnp.tanh(x @ w["first"] + h @ w["state"] + w["bias"])
+            return h, h
+
+        _, states = jax.lax.scan(step, jnp.zeros((BATCH, HIDDEN)), jnp.stack([x, -x, x]))
+        error = states @ w["last"] - y
+        return fg.Losses([0.5 * jnp.sum(error**2, axis=(0, 2))], [("example",)])
+
+    grads = fg.value_and_grad(fun, fg.DirectFeedbackAlignment())(w)[1]
+    exact = jax.grad(lambda w: fun(w).total())(w)
+    np.testing.assert_allclose(grads["last"], exact["last"], rtol=1e-4, atol=1e-5)
+    for name in ("first", "state", "bias"):
+        assert np.all(np.isfinite(grads[name]))
+        assert np.any(grads[name])
+        assert not np.allclose(grads[name], exact[name], rtol=0.01)

@@ -383,3 +383,42 @@ def test_no_examples(estimator):
 
     _, grads = fg.value_and_grad(losses, estimator)(params, key=KEYS[0])
     assert not any(np.any(g) for g in grads.values())
+
+
+def a_solver(w, x, loop):
+    """A fixed point of a layer, by a loop, with the derivative of its last iteration."""
+
+    @jax.custom_jvp
+    def solve(w, x):
+        if loop == "while":
+            return jax.lax.while_loop(
+                lambda carry: carry[0] < 4,
+                lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ w["state"] + x @ w["in"])),
+                (0, jnp.zeros((B, D))),
+            )[1]
+        step = lambda z, _: (jnp.tanh(z @ w["state"] + x @ w["in"]), None)  # noqa: E731
+        return jax.lax.scan(step, jnp.zeros((B, D)), None, length=4)[0]
+
+    @solve.defjvp
+    def rule(primals, tangents):
+        z = solve(*primals)
+        return z, jax.jvp(lambda w, x: jnp.tanh(z @ w["state"] + x @ w["in"]), primals, tangents)[1]
+
+    return solve(w, x)
+
+
+@pytest.mark.parametrize("loop", ["while", "scan"])
+@pytest.mark.parametrize(
+    "estimator",
+    [fg.ActivityPerturbation(), fg.FeedbackAlignment(), fg.DirectFeedbackAlignment()],
+    ids=repr,
+)
+def test_layers_of_a_loop_are_not_taken_for_one(estimator, loop):
+    """Inside of a function with a rule of its own, what goes around leads from layer to layer."""
+    w = {"state": normal(D, D), "in": normal(D, D)}
+
+    def fun(w):
+        return fg.Losses([jnp.sum(a_solver(w, X, loop) ** 2, axis=1)], [("example",)])
+
+    with pytest.raises(fg.InputError, match="layer by layer, and .* at .*test_not_backpropagation.py"):
+        fg.value_and_grad(fun, estimator)(w, key=jax.random.key(0))

@@ -124,14 +124,15 @@ class DirectFeedbackAlignment(AbstractFeedback):
             _no_shifts(program, outputs),
             has_aux=True,
         )
-        # A symbol for zero costs nothing, where arrays of zeros cost a backward pass each.
-        unused = [jnp.zeros_like(a.value) if a.stacked else _zero(a.value) for a in inputs]
-        last, errors = pullback((jnp.ones_like(value), unused))
+        # A symbol for zero costs nothing, where arrays of zeros cost a backward pass each; JAX does
+        # not take one for what a loop stacks.
+        zero = jnp.zeros_like if program.has_loops else _zero
+        last, errors = pullback((jnp.ones_like(value), [zero(a.value) for a in inputs]))
         ways = [_ways(program, outputs, x) for x in inputs]
         gradients = [
             self._feedback(x, of_x, errors, state) for x, of_x in zip(inputs, ways, strict=True)
         ]
-        hidden, _ = pullback((_zero(value), gradients))
+        hidden, _ = pullback((zero(value), gradients))
         grads = jax.tree.map(jnp.add, last, hidden)
         value, aux, grads = not_differentiable((value, aux, grads), "DirectFeedbackAlignment")
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
@@ -187,7 +188,7 @@ def _outputs(program: Program) -> list[Any]:
 
 
 def _zero(x: Array) -> ad.Zero:
-    """A symbol for zero. JAX does not take one for what a loop stacks."""
+    """A symbol for zero."""
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 

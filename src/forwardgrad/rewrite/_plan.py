@@ -293,15 +293,20 @@ class Plan:
         # What comes from outside does not move here, to tell it from what layers inside compute.
         given = [k if k == WEIGHT else Kind(data=i in data) for i, k in enumerate(kinds)]
         for program in programs(eqn):
-            inner = copy.copy(self)
-            inner.layers, inner.outputs, inner._pending, inner._loops = {}, {}, {}, ()
             own = given[len(given) - len(program.jaxpr.invars) :]
-            known = dict(zip(program.jaxpr.invars, own, strict=True))
-            inner._walk(program.jaxpr, known)
-            for layer in inner.layers.values():
-                before = [layer.eqn.invars[i] for i in layer.data if i != layer.merged]
-                if layer.deep or any(known.get(a, Kind()).moves for a in before if _is_var(a)):
-                    return True
+            while True:
+                inner = copy.copy(self)
+                inner.layers, inner.outputs, inner._pending, inner._loops = {}, {}, {}, ()
+                outs = inner._walk(program.jaxpr, dict(zip(program.jaxpr.invars, own, strict=True)))
+                for layer in inner.layers.values():
+                    if layer.deep or (layer.moves and layer.merged is None):
+                        return True
+                first = len(own) - len(outs)
+                # What one iteration makes, the next begins with.
+                around = [a | b for a, b in zip(own[first:], outs, strict=False)]
+                if eqn.primitive.name != "while" or around == own[first:]:
+                    break
+                own = [*own[:first], *around]
         return False
 
 

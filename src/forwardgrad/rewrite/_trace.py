@@ -250,7 +250,7 @@ def differentiable_again(eqn: JaxprEqn) -> JaxprEqn:
         (again,) = jax.make_jaxpr(call)(*[v.aval for v in eqn.invars]).jaxpr.eqns
     except NameError:  # a name of a mesh's axis, in a `shard_map`
         return eqn
-    return again
+    return again.replace(source_info=eqn.source_info)
 
 
 def _known(fun: Callable, outs: Any, args: Any) -> Any:
