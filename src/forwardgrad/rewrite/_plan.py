@@ -310,10 +310,6 @@ class Plan:
         return False
 
 
-def _is_var(atom: Any) -> bool:
-    return isinstance(atom, Var)
-
-
 def _uses(jaxpr: Jaxpr) -> collections.Counter:
     """How often variables are used, in programs inside as well."""
     found = collections.Counter(a for a in jaxpr.outvars if isinstance(a, Var))
