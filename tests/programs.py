@@ -438,6 +438,98 @@ def two_weights(m: Maker, n: int):
     return lambda ws, h, plain: use(h, ws[i], ws[j]), n
 
 
+@operation
+def masked(m: Maker, n: int):
+    """Weights that meet constants or one another before their product."""
+    k = m.choose(WIDTHS)
+    mask = jnp.arange(n * k).reshape(n, k) % 3 > 0
+    base = jnp.cos(jnp.arange(n * k, dtype=float)).reshape(n, k)
+    use = m.choose(
+        (
+            lambda w, a, b: w * mask,
+            lambda w, a, b: w * mask[:, :1] / (1 + mask),
+            lambda w, a, b: jnp.where(mask, w, 0),
+            lambda w, a, b: jnp.where(mask, base, -w),
+            lambda w, a, b: jnp.where(mask, w, 2 * w + a @ b),
+            lambda w, a, b: jax.lax.select_n(mask.astype(int), w, a @ b),
+            lambda w, a, b: base + 0.5 * (a @ b),
+            lambda w, a, b: w - base * (a @ b) * mask,
+            lambda w, a, b: w * (n > 1) - a * b,
+            lambda w, a, b: jnp.where(n > 1, w, a + b),
+        )
+    )
+    i, j, r = m.weight(n, k), m.weight(n, 1), m.weight(1, k)
+    return lambda ws, h, plain: h @ use(ws[i], ws[j], ws[r]), k
+
+
+@operation
+def complex_numbers(m: Maker, n: int):
+    """Complex weights, activations and transforms."""
+    k = m.choose(WIDTHS)
+    use = m.choose(
+        (
+            lambda h, w: (h @ w).real + (h @ w).imag,
+            lambda h, w: jnp.abs(h @ w) ** 2,
+            lambda h, w: (1j * h @ jnp.conj(w)).real,
+            lambda h, w: jnp.fft.ifft(jnp.fft.fft(h @ w) * jnp.exp(1j)).real,
+            lambda h, w: jnp.fft.irfft(jnp.fft.rfft(h) @ w[: n // 2 + 1], n=k),
+            lambda h, w: (jnp.tanh(h @ w) * w[0]).imag,
+            lambda h, w: (h @ (w * (2 - 1j) / jnp.abs(w[0]))).real,
+        )
+    )
+    i, j = m.weight(n, k), m.weight(n, k)
+    return lambda ws, h, plain: use(h, jax.lax.complex(ws[i], ws[j])), k
+
+
+@jax.custom_jvp
+def rounded(w):
+    return jnp.round(w)
+
+
+rounded.defjvp(lambda primals, tangents: (jnp.round(*primals), tangents[0]))
+
+rounded_backwards = jax.custom_vjp(lambda w: jnp.round(w))
+rounded_backwards.defvjp(lambda w: (jnp.round(w), None), lambda _, error: (error,))
+
+
+@operation
+def rules_of_weights(m: Maker, n: int):
+    """Functions of weights with a rule of their own, forwards or backwards."""
+    k = m.choose(WIDTHS)
+    use = m.choose(
+        (
+            lambda w, plain: rounded(3 * w),
+            lambda w, plain: rounded(3 * w) * 2 + w,
+            lambda w, plain: (rounded if plain else rounded_backwards)(3 * w),
+            lambda w, plain: (rounded if plain else rounded_backwards)(w.T).T + w,
+            lambda w, plain: jax.nn.relu(w),
+            lambda w, plain: jnp.where(jax.nn.relu(w) > 0, w, rounded(w)),
+        )
+    )
+    i = m.weight(n, k)
+    return lambda ws, h, plain: h @ use(ws[i], plain), k
+
+
+@operation
+def merged_axes(m: Maker, n: int):
+    """Examples together with another axis, one after another, or in groups."""
+    k = m.choose(WIDTHS)
+    twice = lambda h: jnp.stack([h, -0.5 * h], 1)  # noqa: E731
+    use = m.choose(
+        (
+            lambda h, w: jnp.tanh(twice(h).reshape(-1, n) @ w).reshape(-1, 2, k).sum(1),
+            lambda h, w: jnp.tanh(twice(h).transpose(1, 0, 2).reshape(-1, n) @ w)[: len(h)],
+            lambda h, w: jax.lax.map(lambda x: jnp.tanh(x @ w), h),
+            lambda h, w: jax.lax.map(lambda x: x @ w, h, batch_size=2),
+            lambda h, w: jax.ops.segment_sum(h @ w, jnp.arange(len(h)) // 2, len(h)),
+            lambda h, w: (h @ w)[jnp.arange(len(h))[::-1]],
+            lambda h, w: jnp.concatenate([h @ w, h[:1] @ w])[1:],
+        )
+    )
+    i = m.weight(n, k)
+    return lambda ws, h, plain: use(h, ws[i]), k
+
+
 # Wrappers
 
 WRAPPERS: dict[str, Callable[[Maker, int, int], tuple[Op, int]]] = {}
