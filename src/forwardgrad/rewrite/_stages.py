@@ -118,7 +118,7 @@ def after(results: Any, arrays: Sequence[Any]) -> list[Any]:
     @functools.cache
     def zero(axes):
         firsts = [leaf.reshape(-1)[0] for leaf in leaves if varying(leaf) <= axes]
-        one_of_each = sum([first.astype(jnp.float32) for first in firsts], start=jnp.zeros(()))
+        one_of_each = sum([first.astype(jnp.float32) for first in firsts], jnp.float32(0))
         bits = jax.lax.bitcast_convert_type(one_of_each, jnp.int32)
         return jnp.minimum(jnp.maximum(bits, 0), 0)
 
