@@ -35,7 +35,7 @@ from forwardgrad.rewrite._trace import is_inexact
 from forwardgrad.rewrite._workers import collectives
 
 LATER, MARKED = "a later layer uses it", "it becomes a marked activation"
-OPEN = "errors come to it without a matrix"
+OPEN, MET = "errors come to it without a matrix", "it goes into a layer"
 """Among what a variable can change."""
 
 WHOLE = (*BRANCHES, CUSTOM_JVP, CUSTOM_VJP, SHARD_MAP)
@@ -114,10 +114,27 @@ class Plan:
         self.flow.run(jaxpr, places_of_terms(jaxpr, axes))
         self.uses = _uses(jaxpr)
         self.collectives = collectives(jaxpr)
+        self._by_example = any("example" in names for names in axes)
+        self._met: frozenset[int] = frozenset()
+        self._find(closed, axes, given)
+        # What every loss depends on may be data that are mixed later, or a constant of a weight; if
+        # no layer comes of the weight, it is data.
+        unmet = [e for e in self._constants if self.terms(e.outvars[0]) and not self._meets(e)]
+        if unmet:
+            self._met = frozenset(map(id, unmet))
+            self._find(closed, axes, given)
+
+    def _meets(self, eqn: JaxprEqn) -> bool:
+        return any(MET in (self.order.of(v) or ()) for v in eqn.outvars)
+
+    def _find(
+        self, closed: ClosedJaxpr, axes: Sequence[Sequence[str]], given: Sequence[Any]
+    ) -> None:
+        jaxpr = closed.jaxpr
         self.layers: dict[int, Layer] = {}
         self.outputs: dict[Var, Output] = {}
         self.while_loops: list[JaxprEqn] = []
-        self._by_example = any("example" in names for names in axes)
+        self._constants: list[JaxprEqn] = []
         self._pending: dict[Var, Output] = {}
         self._loops: tuple[int, ...] = ()
         known = {id(value) for value in given} if not self._by_example else set()
@@ -125,7 +142,7 @@ class Plan:
         for v, const in zip(jaxpr.constvars, closed.consts, strict=True):
             kinds[v] = Kind(data=id(const) in known)
         self._walk(jaxpr, kinds)
-        self.order = _Order(self.layers)
+        self.order = _Order(self.layers, self.flow)
         terms = [frozenset([t, OPEN]) for t in range(len(axes))]
         self.order.run(jaxpr, [*terms, *[frozenset()] * (len(jaxpr.outvars) - len(terms))])
 
@@ -197,6 +214,10 @@ class Plan:
         if name == "while" and weights:
             self.while_loops.append(eqn)
         if not weights or not data:
+            if self._by_example and weights and name in (*PRODUCTS, *WHOLE):
+                others = [a for i, a in enumerate(eqn.invars) if i not in weights]
+                if any(is_inexact(a) and not isinstance(a, Literal) for a in others):
+                    self._constants.append(eqn)
             return self._no_layer(eqn, kinds, anything, weights)
         deep = False
         if programs(eqn) and name in WHOLE:
@@ -213,7 +234,7 @@ class Plan:
             # Which rows are looked up: data, if the rows are then an example's.
             picks = eqn.primitive.name == "gather" and not self._by_example
             return picks or any(may_have_own(self.places(v), "example") for v in eqn.outvars)
-        if kind.data:
+        if kind.data or id(eqn) in self._met:
             return True
         if self._by_example:
             return may_have_own(self.places(atom), "example")
@@ -323,9 +344,9 @@ def _uses(jaxpr: Jaxpr) -> collections.Counter:
 class _Order(Influence):
     """`Influence` that also notes what comes after a variable: layers, and marks."""
 
-    def __init__(self, layers: dict[int, Layer]):
+    def __init__(self, layers: dict[int, Layer], flow: NamedAxes):
         super().__init__()
-        self._layers = layers
+        self._layers, self._flow = layers, flow
 
     def _equation(self, eqn: JaxprEqn, outs: Sequence[Terms | None]) -> Sequence[Terms | None]:
         layer = self._layers.get(id(eqn))
@@ -337,7 +358,12 @@ class _Order(Influence):
             return [(everything - {LATER}) | {MARKED}]
         later = (everything - {OPEN} if layer.needs_matrix else everything) | {LATER}
         before = layer.weights if layer.deep else ()
-        return [
+        found = [
             later if (i in layer.data and i != layer.merged) or i in before else everything
             for i in range(len(eqn.invars))
         ]
+        for i in layer.weights:
+            # What is a weight there, but has entries for each example, is what a layer made.
+            if not may_have_own(self._flow.of(eqn.invars[i]), "example"):
+                found[i] |= {MET}
+        return found
