@@ -124,15 +124,13 @@ class DirectFeedbackAlignment(AbstractFeedback):
             _no_shifts(program, outputs),
             has_aux=True,
         )
-        # A symbol for zero costs nothing, where arrays of zeros cost a backward pass each; JAX does
-        # not take one for what a loop stacks.
-        zero = jnp.zeros_like if program.has_loops else _zero
-        last, errors = pullback((jnp.ones_like(value), [zero(a.value) for a in inputs]))
+        unused = [jnp.zeros_like(a.value) for a in inputs]
+        last, errors = _pulled_back(pullback, jnp.ones_like(value), unused, only_inputs=False)
         ways = [_ways(program, outputs, x) for x in inputs]
         gradients = [
             self._feedback(x, of_x, errors, state) for x, of_x in zip(inputs, ways, strict=True)
         ]
-        hidden, _ = pullback((zero(value), gradients))
+        hidden, _ = _pulled_back(pullback, jnp.zeros_like(value), gradients, only_inputs=True)
         grads = jax.tree.map(jnp.add, last, hidden)
         value, aux, grads = not_differentiable((value, aux, grads), "DirectFeedbackAlignment")
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
@@ -187,9 +185,18 @@ def _outputs(program: Program) -> list[Any]:
     return outputs
 
 
-def _zero(x: Array) -> ad.Zero:
-    """A symbol for zero."""
-    return ad.Zero(jax.typeof(x).to_tangent_aval())
+def _pulled_back(pullback: Any, at_value: Array, at_inputs: Any, *, only_inputs: bool) -> Any:
+    """What comes back from the value, or from the layers' inputs; the other cotangents are zero.
+
+    A symbol for zero costs nothing, where arrays of zeros cost a backward pass. Not all of JAX's
+    primitives take one: what a `scan` stacks must be an array.
+    """
+    zeros = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in (at_value, *at_inputs)]
+    cotangents = (zeros[0], at_inputs) if only_inputs else (at_value, zeros[1:])
+    try:
+        return pullback(cotangents)
+    except Exception:
+        return pullback((at_value, at_inputs))
 
 
 def _no_shifts(program: Program, outputs: Sequence[Any]) -> list[Array]:

@@ -177,11 +177,6 @@ class Program:
         return any(map(is_lasting, self._closed.jaxpr.effects))
 
     @functools.cached_property
-    def has_loops(self) -> bool:
-        """Whether it holds a `scan`."""
-        return "scan" in names(self._closed.jaxpr)
-
-    @functools.cached_property
     def may_refuse_vmap(self) -> bool:
         """Whether it holds effects, or primitives that cannot always be batched."""
         jaxpr = self._closed.jaxpr
