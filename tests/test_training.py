@@ -398,7 +398,7 @@ def test_a_run_leaves_its_files(run):
     assert isinstance(stored["epochs"], int)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((out / "checkpoints").iterdir())) >= 1
-    assert not [f for f in out.iterdir() if f.name.startswith(".")]
+    assert [f.name for f in out.iterdir() if f.name.startswith(".")] == [".lock"]
 
 
 def test_the_stored_settings_are_the_resolved_ones(run):

@@ -67,7 +67,8 @@ def test_conformance(estimator, problem, key):
             assert jax.tree.structure(grads) == jax.tree.structure(params)
             for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
                 assert (g.shape, g.dtype) == (p.shape, p.dtype)
-    assert traces == step._cache_size() == 1
+    assert traces == 1
+    assert step._cache_size() <= 1  # none where JAX takes the slower path to it
     assert problem.fun(params, *problem.args) < 0.5 * first
 
 
