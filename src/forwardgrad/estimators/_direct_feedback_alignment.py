@@ -1,7 +1,7 @@
 """The output's error, sent to every layer at once."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from forwardgrad.rewrite import (
     Program,
     placed_like,
     summed_change,
-    varying,
+    varying_like,
 )
 
 
@@ -124,13 +124,13 @@ class DirectFeedbackAlignment(AbstractFeedback):
             _no_shifts(program, outputs),
             has_aux=True,
         )
-        unused = [jnp.zeros_like(a.value) for a in inputs]
-        last, errors = _pulled_back(pullback, jnp.ones_like(value), unused, only_inputs=False)
+        unused = [_zero(x.value) for x in inputs]
+        last, errors = _pulled_back(pullback, (jnp.ones_like(value), unused))
         ways = [_ways(program, outputs, x) for x in inputs]
         gradients = [
             self._feedback(x, of_x, errors, state) for x, of_x in zip(inputs, ways, strict=True)
         ]
-        hidden, _ = _pulled_back(pullback, jnp.zeros_like(value), gradients, only_inputs=True)
+        hidden, _ = _pulled_back(pullback, (_zero(value), gradients))
         grads = jax.tree.map(jnp.add, last, hidden)
         value, aux, grads = not_differentiable((value, aux, grads), "DirectFeedbackAlignment")
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
@@ -185,18 +185,18 @@ def _outputs(program: Program) -> list[Any]:
     return outputs
 
 
-def _pulled_back(pullback: Any, at_value: Array, at_inputs: Any, *, only_inputs: bool) -> Any:
-    """What comes back from the value, or from the layers' inputs; the other cotangents are zero.
+def _zero(x: Array) -> ad.Zero:
+    """A symbol for zero: it costs nothing, where an array of zeros costs a backward pass."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
 
-    A symbol for zero costs nothing, where arrays of zeros cost a backward pass. Not all of JAX's
-    primitives take one: what a `scan` stacks must be an array.
-    """
-    zeros = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in (at_value, *at_inputs)]
-    cotangents = (zeros[0], at_inputs) if only_inputs else (at_value, zeros[1:])
+
+def _pulled_back(pullback: Callable[[Any], Any], cotangents: Any) -> Any:
+    """What comes back from cotangents, some of which are symbols for zero."""
     try:
         return pullback(cotangents)
-    except Exception:
-        return pullback((at_value, at_inputs))
+    except Exception:  # not all of JAX's primitives take them: what a `scan` stacks must be arrays
+        is_zero = lambda c: isinstance(c, ad.Zero)  # noqa: E731
+        return pullback(jax.tree.map(ad.instantiate_zeros, cotangents, is_leaf=is_zero))
 
 
 def _no_shifts(program: Program, outputs: Sequence[Any]) -> list[Array]:
@@ -204,7 +204,7 @@ def _no_shifts(program: Program, outputs: Sequence[Any]) -> list[Array]:
     shapes = [(*program.plan.outputs[v].loops, *v.aval.shape) for v in outputs]
     # A worker's errors are its own: what all have in common would get the sum of theirs.
     return [
-        jax.lax.pcast(jnp.zeros(shape, v.aval.dtype), tuple(varying(v.aval)), to="varying")
+        varying_like(jnp.zeros(shape, v.aval.dtype), v.aval)
         for shape, v in zip(shapes, outputs, strict=True)
     ]
 

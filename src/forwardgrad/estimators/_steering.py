@@ -36,7 +36,7 @@ def influenced(activation: Activation, losses: Losses, program: Program) -> Arra
         term = jnp.sum(term, axis=tuple(j for j, own in enumerate(parts) if own is None))
         kept = [own for own in parts if own is not None]
         # A collective leaves no axis apart: what has one of its own stays with its worker.
-        shared = frozenset() if kept else program.plan.collectives
+        shared = frozenset() if kept else program.collectives
         term = summed_change(term, activation.value, shared)
         total = total + aligned(term, kept, activation.value.shape, program)
     return total

@@ -11,7 +11,6 @@ from forwardgrad.rewrite._layers import Site as Site
 from forwardgrad.rewrite._mark import activation as activation
 from forwardgrad.rewrite._mark import transparent as transparent
 from forwardgrad.rewrite._perturbed import placed_like as placed_like
-from forwardgrad.rewrite._perturbed import varying_like as varying_like
 from forwardgrad.rewrite._plan import Layer as Layer
 from forwardgrad.rewrite._primitives import SENT_BACK as SENT_BACK
 from forwardgrad.rewrite._primitives import line_of as line_of
@@ -35,6 +34,7 @@ from forwardgrad.rewrite._workers import key_of_worker as key_of_worker
 from forwardgrad.rewrite._workers import summed_change as summed_change
 from forwardgrad.rewrite._workers import varying as varying
 from forwardgrad.rewrite._workers import varying_alike as varying_alike
+from forwardgrad.rewrite._workers import varying_like as varying_like
 
 __all__ = [
     "MIXED",

@@ -137,6 +137,7 @@ class LayerWalk(AbstractWalk):
             outs = self._layer(layer, invals)
         elif eqn.primitive.name == "scan" and self._has_layers(eqn):
             outs = PROGRAMS["scan"](self, eqn, invals)
+            assert outs is not None
         else:
             outs = evaluate(eqn, invals)
         return [self._replaced(v, out) for v, out in zip(eqn.outvars, outs, strict=True)]

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from forwardgrad.rewrite._workers import varying_like
+
 
 class Label(NamedTuple):
     """The name of an axis: one of a parameter's, or a part that it was split into."""
@@ -268,10 +270,3 @@ def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
     if own.spec == wanted.spec or wanted.mesh.empty:
         return x
     return x if own == wanted else jax.sharding.reshard(x, wanted)
-
-
-def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x`, in a `shard_map` varying along all mesh axes that `like` varies along."""
-    own, wanted = (jax.typeof(a).manual_axis_type.varying for a in (x, like))
-    missing = tuple(sorted(wanted - own))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x

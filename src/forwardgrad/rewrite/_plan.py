@@ -32,7 +32,6 @@ from forwardgrad.rewrite._primitives import (
     scan_counts,
 )
 from forwardgrad.rewrite._trace import is_inexact
-from forwardgrad.rewrite._workers import collectives
 
 LATER, MARKED = "a later layer uses it", "it becomes a marked activation"
 OPEN, MET = "errors come to it without a matrix", "it goes into a layer"
@@ -104,16 +103,21 @@ class Plan:
     - `closed`: the program, whose inputs are its parameters.
     - `axes`: the names of the axes of its first outputs, which are the terms of the losses.
     - `given`: constants that are arguments of the user's function.
+    - `collectives`: the axes along which workers exchange what they compute.
     """
 
     def __init__(
-        self, closed: ClosedJaxpr, axes: Sequence[Sequence[str]], given: Sequence[Any] = ()
+        self,
+        closed: ClosedJaxpr,
+        axes: Sequence[Sequence[str]],
+        given: Sequence[Any],
+        collectives: frozenset[str],
     ):
         jaxpr = closed.jaxpr
         self.flow = NamedAxes(closed)
         self.flow.run(jaxpr, places_of_terms(jaxpr, axes))
         self.uses = _uses(jaxpr)
-        self.collectives = collectives(jaxpr)
+        self.collectives = collectives
         self._by_example = any("example" in names for names in axes)
         self._met: frozenset[int] = frozenset()
         self._find(closed, axes, given)

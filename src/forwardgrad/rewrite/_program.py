@@ -145,7 +145,7 @@ class Program:
         """Its layers and activations."""
         losses = self._losses_treedef.unflatten([None] * self.terms)
         axes = losses.axes if isinstance(losses, Losses) else ((),) * self.terms
-        return Plan(self._closed, axes, self._given)
+        return Plan(self._closed, axes, self._given, self.collectives)
 
     def places_towards(self, variable: Var) -> dict[Var, Places]:
         """Where in all other variables the axes of one are, called "0", "1" and so on.

@@ -41,7 +41,7 @@ batch 64 some 8 % faster on a CPU; from batch 256 on there is nothing to gain.
 RULES: dict[str, Rule] = {}
 """Primitive name to rule, for the equations that a perturbed weight enters."""
 
-PROGRAMS: dict[str, Callable[[Any, JaxprEqn, Sequence[Value]], Sequence[Value]]] = {}
+PROGRAMS: dict[str, Rule] = {}
 """Primitive name to rule, for the equations that hold programs."""
 
 

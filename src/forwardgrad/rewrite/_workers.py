@@ -39,9 +39,17 @@ def varying(x: Any) -> frozenset[str]:
 def varying_alike(arrays: Sequence[Any]) -> list[Any]:
     """Arrays that all vary along the axes that one of them varies along."""
     axes = frozenset().union(*map(varying, arrays))
-    missing = [tuple(sorted(axes - varying(a))) for a in arrays]
-    pairs = zip(arrays, missing, strict=True)
-    return [jax.lax.pcast(a, names, to="varying") if names else a for a, names in pairs]
+    return [_spread(a, axes) for a in arrays]
+
+
+def varying_like(x: jax.Array, like: Any) -> jax.Array:
+    """`x`, in a `shard_map` varying along all mesh axes that `like` varies along."""
+    return _spread(x, varying(like))
+
+
+def _spread(x: Any, axes: frozenset[str]) -> Any:
+    missing = tuple(sorted(axes - varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def untyped(axes: Iterable[str]) -> frozenset[str]:
