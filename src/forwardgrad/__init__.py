@@ -22,6 +22,7 @@ from forwardgrad.estimators import Backpropagation as Backpropagation
 from forwardgrad.estimators import DirectFeedbackAlignment as DirectFeedbackAlignment
 from forwardgrad.estimators import ExplainedParameter as ExplainedParameter
 from forwardgrad.estimators import FeedbackAlignment as FeedbackAlignment
+from forwardgrad.estimators import NodePerturbation as NodePerturbation
 from forwardgrad.estimators import WeightPerturbation as WeightPerturbation
 from forwardgrad.rewrite import activation as activation
 
@@ -44,6 +45,7 @@ __all__ = [
     "FeedbackAlignment",
     "InputError",
     "Losses",
+    "NodePerturbation",
     "WeightPerturbation",
     "activation",
     "diagnose",

@@ -11,6 +11,7 @@ from forwardgrad.estimators._direct_feedback_alignment import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )
 from forwardgrad.estimators._feedback_alignment import FeedbackAlignment as FeedbackAlignment
+from forwardgrad.estimators._node_perturbation import NodePerturbation as NodePerturbation
 from forwardgrad.estimators._weight_perturbation import WeightPerturbation as WeightPerturbation
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "DirectFeedbackAlignment",
     "ExplainedParameter",
     "FeedbackAlignment",
+    "NodePerturbation",
     "WeightPerturbation",
 ]

@@ -1,29 +1,20 @@
 """Forward gradients of activations: perturb what layers compute instead of their weights."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, PyTree
 
-from forwardgrad._errors import InputError, unknown_name
-from forwardgrad._losses import Losses
-from forwardgrad.estimators._base import AbstractEstimator, Objective
-from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
-from forwardgrad.estimators._distributions import DISTRIBUTIONS, Distribution, draw, portable
-from forwardgrad.estimators._steering import (
-    check_chunk,
-    check_one_by_one,
-    influenced,
-    not_differentiable,
-    over_tangents,
-    total_of,
-)
-from forwardgrad.rewrite import Activation, Hooks, LayerWalk, Program, Stage, after, computed_in
+from forwardgrad._errors import InputError
+from forwardgrad.estimators._base import Objective
+from forwardgrad.estimators._distributions import Distribution
+from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities, Evaluate
+from forwardgrad.estimators._steering import over_tangents
+from forwardgrad.rewrite import Program
 
 
-class ActivityPerturbation(AbstractEstimator):
+class ActivityPerturbation(AbstractPerturbedActivities):
     r"""The activity-perturbed forward gradient (FG-A).
 
     Every activation $z$ is perturbed along a random tangent $u$ of zero mean and unit covariance,
@@ -81,140 +72,25 @@ class ActivityPerturbation(AbstractEstimator):
     distribution: Distribution = "rademacher"
     chunk: int | None = None
 
-    def __check_init__(self):
-        if self.distribution not in DISTRIBUTIONS:
-            raise unknown_name("distribution", str(self.distribution), DISTRIBUTIONS)
-        if not isinstance(self.tangents, int) or self.tangents < 1:
-            raise InputError(f"tangents must be an integer of at least 1, got {self.tangents!r}")
-        check_chunk(self.chunk)
+    def _program(self, fun: Objective, params: PyTree[Array]) -> Program:
+        return Program(fun, params, twice=True)
 
-    @property
-    def needs_key(self) -> bool:
-        """True."""
-        return True
+    def _moved(self, eps: Array, z: Array, tangent: Array) -> Array:
+        return _perturbed(eps, z, tangent)
 
-    def value_and_grad(
-        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
-        """The objective's value and a forward gradient."""
-        assert key is not None
-        program = Program(fun, params, twice=True)
-        check_one_by_one(program, "ActivityPerturbation")
-        grads = [jnp.zeros_like(leaf) for leaf in program.leaves]
-        base = portable(key)
-
-        def run(stage, number, reads):
-            del number
-            # The signs of a stage are drawn when it begins: all stages' would else be kept at once.
-            own = _key_after(reads, base)
-            # Every activation is cut off from what uses it: reverse mode sees one layer at a time.
-            (total, _), pullback, (changes, noted, writes) = jax.vjp(
-                lambda leaves: self._forward(program, stage, reads, own, leaves),
-                [program.leaves[i] for i in stage.leaves],
-                has_aux=True,
-            )
-            gradients = [self._gradient(a, changes, own, program) for a in noted]
-            return writes, pullback((jnp.ones_like(total), gradients))[0]
-
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            terms, aux, results = program.stage_by_stage(run)
-            for stage, of_stage in zip(program.stages, results, strict=True):
-                for i, grad in zip(stage.leaves, of_stage, strict=True):
-                    grads[i] = grads[i] + grad
-            value = program.losses(terms).total()
-        value, aux, grads = not_differentiable((value, aux, grads), "ActivityPerturbation")
-        return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
-
-    def _forward(
-        self,
-        program: Program,
-        stage: Stage,
-        reads: Sequence[Any],
-        key: Key[Array, ""],
-        leaves: list[Array],
-    ):
-        """A stage's total and activations, and what is not to be differentiated.
-
-        The latter are the losses' changes along each tangent (their first axis if there are
-        several), what is known of the activations, and all that the stage computes.
-        """
-        places = program.terms_of(stage)
-
+    def _changes(self, evaluate: Evaluate, program: Program) -> tuple[Any, list[Array]]:
         def along(k, pure=False):
             if pure and program.has_effects:
                 raise InputError(
                     "tangents must be 1 for ActivityPerturbation where fun has effects that vmap "
                     f"refuses, got {self.tangents}"
                 )
-
-            def at(eps):
-                def perturb(activation):
-                    if activation.last:
-                        return activation.value
-                    tangent = self._tangent(activation.site.key(key), activation, k)
-                    return _perturbed(eps, activation.value, tangent)
-
-                walk = LayerWalk(program.plan, Hooks(activation=perturb))
-                writes = walk.arrays(stage.jaxpr, (), [*leaves, *reads])
-                return [writes[i] for i in places.values()], (writes, walk.noted)
-
             zero, one = jnp.zeros(()), jnp.ones(())
-            _, changes, (writes, noted) = jax.jvp(at, (zero,), (one,), has_aux=True)
-            return (writes, [a for a in noted.activations if not a.last]), changes
+            _, changes, rest = jax.jvp(lambda eps: evaluate(eps, k), (zero,), (one,), has_aux=True)
+            return rest, changes
 
         tangents = jnp.arange(self.tangents)
-        (writes, noted), changes = over_tangents(
-            along, tangents, self.tangents, program, self.chunk
-        )
-        if self.tangents == 1:
-            changes = [change[0] for change in changes]
-        total = sum([total_of(writes[i]) for i in places.values()], start=jnp.zeros(()))
-        by_term = [dict(zip(places, changes, strict=True)).get(i) for i in range(program.terms)]
-        return (total, [a.value for a in noted]), (program.losses(by_term), noted, writes)
-
-    def _tangent(
-        self, key: Key[Array, ""], activation: Activation, k: Array, scale: Any = 1.0
-    ) -> Array:
-        """The k-th tangent of an activation, times `scale`."""
-        z = activation.value
-        key = jax.random.fold_in(key, k)
-        u = draw(key, z.shape, self.distribution, scale, computed_in(z.dtype)).astype(z.dtype)
-        return u if activation.mask is None else jnp.where(activation.mask, u, 0)
-
-    def _gradient(
-        self, activation: Activation, changes: Losses, key: Key[Array, ""], program: Program
-    ) -> Array:
-        """The estimate of the losses' derivative by an activation."""
-
-        def along(k, changes):
-            scale = influenced(activation, changes, program)
-            loops = activation.value.shape[: activation.stacked]
-            scale = jnp.broadcast_to(scale, (*loops, *scale.shape[activation.stacked :]))
-            return activation.each(
-                lambda a, scale: self._tangent(a.site.key(key), a, k, scale), scale
-            )
-
-        if self.distribution == "rademacher":
-            # Signs are drawn again when they are needed; XLA would otherwise keep them.
-            key = _key_after(changes, key)
-        if self.tangents == 1:
-            estimate = along(jnp.zeros((), int), changes)
-        else:
-            estimate = jnp.mean(jax.vmap(along)(jnp.arange(self.tangents), changes), axis=0)
-        # A derivative by a complex number has the conjugate of the direction it is found along.
-        return jnp.conj(estimate).astype(activation.value.dtype)
-
-
-def _key_after(results: Any, key: Key[Array, ""]) -> Key[Array, ""]:
-    """`key`, but for XLA not to be had before `results`."""
-    (data,) = after(results, [jax.random.key_data(key)])
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
-
-
-@explained.register
-def _(estimator: ActivityPerturbation, fun: Objective, params: PyTree) -> list[ExplainedParameter]:
-    del estimator
-    return by_layer(Program(fun, params, forward=True), params, "activation")
+        return over_tangents(along, tangents, self.tangents, program, self.chunk)
 
 
 @jax.custom_jvp

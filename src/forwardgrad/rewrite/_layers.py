@@ -13,7 +13,7 @@ from forwardgrad._errors import InputError
 from forwardgrad.rewrite._axes import Places
 from forwardgrad.rewrite._flow import MIXED, Part, Place, normal, tangent_program
 from forwardgrad.rewrite._plan import Layer, Output, Plan
-from forwardgrad.rewrite._primitives import CUSTOM_JVP, line_of, programs, shape_of
+from forwardgrad.rewrite._primitives import CUSTOM_JVP, line_of, names, programs, shape_of
 from forwardgrad.rewrite._trace import Array, evaluate, is_inexact
 from forwardgrad.rewrite._walk import PROGRAMS, AbstractWalk
 from forwardgrad.rewrite._workers import key_of_worker, untyped, varying
@@ -91,11 +91,13 @@ class Hooks:
 
     `activation(a)` returns what takes an activation's place, `layer_input(x)` what takes the place
     of data that goes into a layer, and `product(layer, site, arrays)` what a product computes.
+    `held(x)` takes the place of what `stop_gradient` holds, and of where a ReLU has no slope.
     """
 
     activation: Callable[[Activation], jax.Array] | None = None
     layer_input: Callable[[Activation], jax.Array] | None = None
     product: Callable[[Layer, Site, Sequence[Array]], jax.Array] | None = None
+    held: Callable[[Array], jax.Array] | None = None
 
 
 class Noted(NamedTuple):
@@ -138,8 +140,10 @@ class LayerWalk(AbstractWalk):
         elif eqn.primitive.name == "scan" and self._has_layers(eqn):
             outs = PROGRAMS["scan"](self, eqn, invals)
             assert outs is not None
+        elif eqn.primitive.name == "stop_gradient" and self._hooks.held is not None:
+            outs = [self._hooks.held(x) for x in invals]
         else:
-            outs = evaluate(eqn, invals)
+            outs = self._evaluate(eqn, invals)
         return [self._replaced(v, out) for v, out in zip(eqn.outvars, outs, strict=True)]
 
     def _has_layers(self, eqn: JaxprEqn) -> bool:
@@ -161,7 +165,21 @@ class LayerWalk(AbstractWalk):
                     arrays[i] = self._input(eqn.invars[i], layer, i, arrays[i])
         if self._hooks.product is not None and any(self._plan.places(v) for v in eqn.outvars):
             return [self._hooks.product(layer, Site(layer.number, self._iterations), arrays)]
-        return evaluate(eqn, arrays)
+        return self._evaluate(eqn, arrays)
+
+    def _evaluate(self, eqn: JaxprEqn, arrays: Sequence[Array]) -> Sequence[Array]:
+        """The outputs of an equation that holds no activations."""
+        inner = frozenset().union(*(names(program.jaxpr) for program in programs(eqn)))
+        walked = {"scan", "while", "cond"}
+        if self._hooks.held is None or not (
+            eqn.primitive.name in walked and "stop_gradient" in inner
+        ):
+            return evaluate(eqn, arrays)
+        outs = PROGRAMS[eqn.primitive.name](
+            LayerWalk(self._plan, Hooks(held=self._hooks.held)), eqn, arrays
+        )
+        assert outs is not None
+        return outs
 
     def _input(self, atom: Any, layer: Layer, position: int, value: Array) -> Array:
         """What takes the place of data that goes into layers, the same for all of them."""
@@ -189,12 +207,18 @@ class LayerWalk(AbstractWalk):
         places = self._plan.places(v)
         if not places or self._plan.is_on_its_way(v):
             return z
+        if output.names is not None:
+            named = _named(places, output, shape_of(v))
+            places = {
+                k: p if p.mixed and not self._plan.rules else named[k] for k, p in places.items()
+            }
+        mask, held = _mask(output, z), self._hooks.held
         activation = Activation(
             z,
             self._iterations,
-            _mask(output, z),
+            mask if mask is None or held is None else held(mask),
             output.number,
-            places=tuple(_named(places, output, shape_of(v)).items()),
+            places=tuple(places.items()),
             last=self._plan.is_last(v),
             line=line_of(output.eqn),
             variable=v,
@@ -205,9 +229,8 @@ class LayerWalk(AbstractWalk):
 
 
 def _named(places: Places, output: Output, shape: Sequence[int]) -> Places:
-    """Where axes are, by the names of a mark where there is one."""
-    if output.names is None:
-        return places
+    """Where axes are, by the names of a mark."""
+    assert output.names is not None
     found = {}
     for (term, name), place in places.items():
         axes = [i for i, n in enumerate(output.names) if n == name and name is not None]

@@ -104,6 +104,8 @@ class Plan:
     - `axes`: the names of the axes of its first outputs, which are the terms of the losses.
     - `given`: constants that are arguments of the user's function.
     - `collectives`: the axes along which workers exchange what they compute.
+    - `rules`: whether losses that split up their derivative by a rule are kept whole. Marks are
+        about these rules; of values, what is mixed stays mixed whatever a mark says.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class Plan:
         axes: Sequence[Sequence[str]],
         given: Sequence[Any],
         collectives: frozenset[str],
+        rules: bool = True,
     ):
+        self.rules = rules
         jaxpr = closed.jaxpr
         self.flow = NamedAxes(closed)
         self.flow.run(jaxpr, places_of_terms(jaxpr, axes))

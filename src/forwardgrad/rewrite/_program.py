@@ -86,6 +86,7 @@ class Program:
 
         self._closed = inline(trace(flat, self.leaves), forward, twice=twice)
         self._losses_treedef, self._aux_treedef, self._static_aux = structure[-1]
+        self._forward = forward
         self._given = getattr(fun, "given", ())
         self._towards: dict[Var, dict[Var, Places]] = {}
 
@@ -145,7 +146,7 @@ class Program:
         """Its layers and activations."""
         losses = self._losses_treedef.unflatten([None] * self.terms)
         axes = losses.axes if isinstance(losses, Losses) else ((),) * self.terms
-        return Plan(self._closed, axes, self._given, self.collectives)
+        return Plan(self._closed, axes, self._given, self.collectives, self._forward)
 
     def places_towards(self, variable: Var) -> dict[Var, Places]:
         """Where in all other variables the axes of one are, called "0", "1" and so on.
