@@ -463,6 +463,24 @@ def masked(m: Maker, n: int):
 
 
 @operation
+def meets_itself(m: Maker, n: int):
+    """A weight on both sides of a product, entry by entry or as matrices."""
+    use = m.choose(
+        (
+            lambda w: w @ w,
+            lambda w: w.T @ w,
+            lambda w: jnp.linalg.matrix_power(w, 3),
+            lambda w: w * w,
+            lambda w: w / w[0, 0] + jnp.dot(w[0], w[0]),
+            lambda w: jax.scipy.linalg.expm(0.3 * w),
+            lambda w: jax.lax.cond(w[0, 0] > 0, lambda w: w @ w, lambda w: 2 * w, w),
+        )
+    )
+    i = m.weight(n, n)
+    return lambda ws, h, plain: h @ use(ws[i]), n
+
+
+@operation
 def complex_numbers(m: Maker, n: int):
     """Complex weights, activations and transforms."""
     k = m.choose(WIDTHS)

@@ -58,13 +58,12 @@ def trace(fun: Callable[..., Any], *args: Any) -> ClosedJaxpr:
 
 def evaluate(eqn: JaxprEqn, invals: Sequence[Array]) -> list[jax.Array]:
     """The outputs of one equation at `invals`, as the program without us would compute them."""
-    variables = {
-        atom: value
-        for atom, value in zip(eqn.invars, invals, strict=True)
-        if not isinstance(atom, Literal)
-    }
-    jaxpr = Jaxpr((), list(variables), list(eqn.outvars), [eqn], eqn.effects, INFO)
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*variables.values())
+    # An input that is used twice may have two values here: an array, and a weight without tangent.
+    atoms = [atom if isinstance(atom, Literal) else _fresh(atom) for atom in eqn.invars]
+    given = {a: v for a, v in zip(atoms, invals, strict=True) if not isinstance(a, Literal)}
+    eqn = eqn.replace(invars=atoms)
+    jaxpr = Jaxpr((), list(given), list(eqn.outvars), [eqn], eqn.effects, INFO)
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*given.values())
 
 
 def of_moving(eqn: JaxprEqn, args: Sequence[Array]) -> tuple[list[int], Callable]:
