@@ -5,7 +5,9 @@ they vary along. The sum is compared with the gradient that one device has.
 """
 
 import sys
+from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,9 +221,103 @@ def untyped():
         by(fg.WeightPerturbation(), normalised_together)(jax.random.key(0))
 
 
+def own_tangents():
+    """Workers with tangents of their own have one gradient, that of all, with types and without."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (S(), S(), S("data"), S("data"), S("data"))
+
+    def greedy(w, x, y, ids):
+        h = jnp.tanh((x + w["table"][ids]) @ w["a"])
+        first = squares(h[:, :2], y)
+        second = squares(jnp.tanh(jax.lax.stop_gradient(h) @ w["b"] + w["bias"]) @ w["c"], y)
+        return fg.Losses([*first.terms, *second.terms], [("example",)] * 2)
+
+    for inner in (fg.WeightPerturbation(), fg.WeightPerturbation(tangents=3, mask_rows=False)):
+        estimator = fg.WorkerTangents(inner, "data")
+        for fun, typed in ((alone, True), (greedy, True), (greedy, False)):
+
+            def step(key, w, x, y, ids, fun=fun, estimator=estimator):
+                gradient = fg.value_and_grad(lambda w: fun(w, x, y, ids), estimator)
+                return gradient(w, key=key)[1]
+
+            of_all = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=S(), check_vma=typed)
+            of = lambda key, f=of_all: f(key, WEIGHTS, X, Y, IDS)  # noqa: E731
+            exact = np.asarray(flat(jax.grad(lambda w, f=fun: value(f(w, X, Y, IDS)))(WEIGHTS)))
+            assert_unbiased(of, exact, f"{fun.__name__}, {typed}")
+            # It is the sum of what each worker would have by itself.
+            key, total = jax.random.key(5), jax.tree.map(jnp.zeros_like, WEIGHTS)
+            for i in range(4):
+                part = [a[2 * i : 2 * i + 2] for a in (X, Y, IDS)]
+                alone_with = fg.value_and_grad(lambda w: fun(w, *part), inner)  # noqa: B023
+                grads = jax.jit(alone_with)(WEIGHTS, key=jax.random.fold_in(key, i))[1]
+                total = jax.tree.map(jnp.add, total, grads)
+            np.testing.assert_allclose(flat(jax.jit(of)(key)), flat(total), rtol=1e-3, atol=1e-3)
+
+
+def halves():
+    """The first half of an estimate by workers, the second by one device alone."""
+    key = jax.random.key(3)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    for name in ("weight", "orthogonal"):
+        estimator = RANDOM[name]
+        for fun in (alone, normalised_together):
+
+            def whole(w, x, y, ids, estimator=estimator, fun=fun):
+                return fg.value_and_grad(fun, estimator)(w, x, y, ids, "data", key=key)[1]
+
+            def measured(w, x, y, ids, estimator=estimator, fun=fun):
+                found = fg.directional_derivatives(fun, estimator)(w, x, y, ids, "data", key=key)
+                return eqx.tree_at(lambda s: s.value, found, jax.lax.psum(found.value, "data"))
+
+            specs = (S(), S("data"), S("data"), S("data"))
+            given = (WEIGHTS, X, Y, IDS)
+            grads = jax.jit(jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=S()))(*given)
+            measure = jax.shard_map(measured, mesh=mesh, in_specs=specs, out_specs=S())
+            scalars = jax.device_get(jax.jit(measure)(*given))
+            found = jax.jit(lambda s: fg.apply_scalars(estimator, WEIGHTS, key, s))(scalars)  # noqa: B023
+            for a, b in zip(*map(jax.tree.leaves, (grads, found)), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def refused():
+    """What workers with own tangents cannot do, in a sentence."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def by(axis, fun):
+        def step(w, x, y, ids):
+            estimator = fg.WorkerTangents(fg.WeightPerturbation(), axis)
+            gradient = fg.value_and_grad(lambda w: fun(w, x, y, ids, "data"), estimator)
+            return gradient(w, key=jax.random.key(0))[1]
+
+        specs = (S(), S("data"), S("data"), S("data"))
+        jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=S())(WEIGHTS, X, Y, IDS)
+
+    with pytest.raises(fg.InputError, match="must not exchange anything along 'data'"):
+        by("data", normalised_together)
+    with pytest.raises(fg.InputError, match="axis_name must be an axis"):
+        by("model", alone)
+    with pytest.raises(fg.InputError, match="without exact_last"):
+        fg.WorkerTangents(RANDOM["last exact"], "data")
+
+
+def on_the_wire():
+    """Backpropagation's step exchanges its gradient, ours four bytes a derivative and the loss."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import wire
+
+    wire.WORKERS = 4
+    found = wire.bytes_of(wire.mlp(), 0)
+    assert found["BP"]["bytes"] == 4 * (found["BP"]["parameters"] + 1)
+    assert found["FG-W"]["bytes"] == found["FG-W, a tangent for each worker"]["bytes"] == 8
+    assert found["FG-W"]["messages"] <= 2
+    masked = wire.Problem(alone, WEIGHTS, (X[:2], Y[:2], IDS[:2]), {"": fg.WeightPerturbation()})
+    assert wire.bytes_of(masked, 0)[""]["bytes"] == 8 + 4 * len(WEIGHTS["table"])
+
+
 PARALLEL = (alone, mean_of_all, normalised_together, contrasted, block_by_block)
 SCENARIOS = {f.__name__: (lambda f=f: data_parallel(f)) for f in PARALLEL}
 OTHERS = (sharded_weights, heads_of_workers, feedback, untyped)
+OTHERS += (own_tangents, halves, refused, on_the_wire)
 SCENARIOS |= {f.__name__: f for f in OTHERS}
 
 if __name__ == "__main__":

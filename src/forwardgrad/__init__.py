@@ -14,6 +14,10 @@ from forwardgrad._explain import Explanation as Explanation
 from forwardgrad._explain import explain as explain
 from forwardgrad._filter_value_and_grad import filter_value_and_grad as filter_value_and_grad
 from forwardgrad._losses import Losses as Losses
+from forwardgrad._replay import ReplayLog as ReplayLog
+from forwardgrad._replay import replay as replay
+from forwardgrad._scalars import apply_scalars as apply_scalars
+from forwardgrad._scalars import directional_derivatives as directional_derivatives
 from forwardgrad._value_and_grad import value_and_grad as value_and_grad
 from forwardgrad.estimators import AbstractEstimator as AbstractEstimator
 from forwardgrad.estimators import AbstractStatefulEstimator as AbstractStatefulEstimator
@@ -23,7 +27,9 @@ from forwardgrad.estimators import DirectFeedbackAlignment as DirectFeedbackAlig
 from forwardgrad.estimators import ExplainedParameter as ExplainedParameter
 from forwardgrad.estimators import FeedbackAlignment as FeedbackAlignment
 from forwardgrad.estimators import NodePerturbation as NodePerturbation
+from forwardgrad.estimators import Scalars as Scalars
 from forwardgrad.estimators import WeightPerturbation as WeightPerturbation
+from forwardgrad.estimators import WorkerTangents as WorkerTangents
 from forwardgrad.rewrite import activation as activation
 
 if TYPE_CHECKING:
@@ -46,12 +52,18 @@ __all__ = [
     "InputError",
     "Losses",
     "NodePerturbation",
+    "ReplayLog",
+    "Scalars",
     "WeightPerturbation",
+    "WorkerTangents",
     "activation",
+    "apply_scalars",
     "diagnose",
+    "directional_derivatives",
     "estimation",
     "explain",
     "filter_value_and_grad",
+    "replay",
     "value_and_grad",
 ]
 

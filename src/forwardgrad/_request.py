@@ -69,16 +69,7 @@ class Request:
         """
         if not self.estimator.needs_key:
             return params
-        if key is None:
-            raise InputError(
-                f"key is missing: {type(self.estimator).__name__} is random; "
-                "pass key=jax.random.key(...), a new one at every step"
-            )
-        if not _is_key(key):
-            shape = f" of shape {jnp.shape(key)}" if eqx.is_array(key) else ""
-            raise InputError(
-                f"key must be a single jax.random.key(...), got a {type(key).__name__}{shape}"
-            )
+        key = checked_key(self.estimator, key)
         return jax.tree.map(lambda leaf: varying_like(leaf, key), params)
 
     def result(self, value: Any, aux: Any) -> Any:
@@ -86,12 +77,32 @@ class Request:
         return (value, aux) if self.has_aux else value
 
 
-def _is_key(key: Any) -> bool:
-    """Whether it is one key, of the new kind or of the old one, whose words are an array."""
-    if not eqx.is_array(key):
-        return False
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key.shape == () if typed else key.ndim == 1 and key.dtype == jnp.uint32
+def checked_key(
+    estimator: AbstractEstimator, key: Any, *, stacked: bool = False
+) -> Key[Array, "*stacked"]:
+    """A key, or with `stacked` a vector of keys, of the new kind.
+
+    Keys of the old kind are arrays of words.
+
+    **Raises:**
+
+    `InputError` if it is not one.
+    """
+    if key is None:
+        raise InputError(
+            f"key is missing: {type(estimator).__name__} is random; "
+            "pass key=jax.random.key(...), a new one at every step"
+        )
+    if eqx.is_array(key):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        axes = key.ndim - (0 if typed else 1)
+        if (typed or key.dtype == jnp.uint32) and axes in ((0, 1) if stacked else (0,)):
+            return key if typed else jax.random.wrap_key_data(key)
+    shape = f" of shape {jnp.shape(key)}" if eqx.is_array(key) else ""
+    raise InputError(
+        f"key must be a single jax.random.key(...){' or a vector of them' if stacked else ''}, got "
+        f"a {type(key).__name__}{shape}"
+    )
 
 
 def as_argnums(argnums: Any) -> int | tuple[int, ...]:

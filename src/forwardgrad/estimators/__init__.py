@@ -12,7 +12,9 @@ from forwardgrad.estimators._direct_feedback_alignment import (
 )
 from forwardgrad.estimators._feedback_alignment import FeedbackAlignment as FeedbackAlignment
 from forwardgrad.estimators._node_perturbation import NodePerturbation as NodePerturbation
+from forwardgrad.estimators._scalars import Scalars as Scalars
 from forwardgrad.estimators._weight_perturbation import WeightPerturbation as WeightPerturbation
+from forwardgrad.estimators._worker_tangents import WorkerTangents as WorkerTangents
 
 __all__ = [
     "AbstractEstimator",
@@ -23,5 +25,7 @@ __all__ = [
     "ExplainedParameter",
     "FeedbackAlignment",
     "NodePerturbation",
+    "Scalars",
     "WeightPerturbation",
+    "WorkerTangents",
 ]

@@ -1,6 +1,7 @@
 """Forward gradients: perturb the weights, keep what the directional derivative says."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,11 @@ from forwardgrad.estimators._distributions import (
     portable,
     to_sphere,
 )
+from forwardgrad.estimators._scalars import Drawn, Scalars, checked
 from forwardgrad.estimators._steering import check_chunk, over_tangents, total_of
 from forwardgrad.rewrite import (
     Layout,
+    Lookup,
     Program,
     Stage,
     Walk,
@@ -36,6 +39,7 @@ from forwardgrad.rewrite import (
     masked_rows,
     perturbed,
     summed_change,
+    summed_changes,
     varying,
 )
 
@@ -86,6 +90,9 @@ class WeightPerturbation(AbstractEstimator):
     - `chunk`: how many tangents are pushed through at a time, which bounds the memory of many; the
         primal is then computed again for each chunk. None: all of them, or one at a time where the
         function cannot be batched (a callback, an ordered effect).
+    - `mask_rows`: leave rows of a table that the function does not look up out of the tangents:
+        their gradient is zero. Which rows these are is data, so that workers and
+        [`forwardgrad.apply_scalars`][] have to be told; False adds noise, and keeps it to scalars.
 
     **Raises:**
 
@@ -112,6 +119,7 @@ class WeightPerturbation(AbstractEstimator):
     clip: float | None = None
     exact_last: bool = False
     chunk: int | None = None
+    mask_rows: bool = True
 
     def __check_init__(self):
         if self.distribution not in DISTRIBUTIONS:
@@ -142,32 +150,129 @@ class WeightPerturbation(AbstractEstimator):
         program = Program(fun, params, twice=self.exact_last)
         # A stricter setting is for the caller's function, which is traced by now.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return self._estimate(program, key)
+            found = self._measured(program, portable(key))
+            grads = self._combined(program.leaves, found.scalars, found.factors)
+        grads = [found.exact.get(i, grad) for i, grad in enumerate(grads)]
+        return (found.scalars.value, found.aux), program.treedef.unflatten(grads)
 
-    def _estimate(
-        self, program: Program, key: Key[Array, ""]
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+    def directional_derivatives(
+        self, fun: Objective, params: PyTree[Array], key: Key[Array, ""]
+    ) -> tuple[Scalars, Any]:
+        """The first half of `value_and_grad`: what it measures, and the auxiliary data.
+
+        **Raises:**
+
+        `InputError` with `exact_last`: an exact gradient is no scalar.
+        """
+        if self.exact_last:
+            raise InputError(
+                "exact_last must be False for scalars: the exact gradient of the last layers is as "
+                "large as these, and follows from no key"
+            )
+        program = Program(fun, params)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            found = self._measured(program, portable(key))
+        return found.scalars, found.aux
+
+    def apply_scalars(
+        self, params: PyTree[Array], key: Key[Array, "*workers"], scalars: Scalars
+    ) -> PyTree[Array]:
+        """The second half of `value_and_grad`: the gradient, which needs no function.
+
+        With a key for each of several workers, and their scalars stacked, it is the sum.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        scalars = checked(scalars, self, leaves, key)
+
+        def factors_of(key):
+            return self._drawn(leaves, scalars.drawn, range(len(leaves)), portable(key))
+
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            factors = factors_of(key) if key.ndim == 0 else jax.vmap(factors_of)(key)
+            return treedef.unflatten(self._combined(leaves, scalars, factors))
+
+    def unchunked(self) -> "WeightPerturbation":
+        """The same estimator, whatever memory it may use."""
+        return dataclasses.replace(self, chunk=None)
+
+    def _measured(self, program: Program, key: Key[Array, ""]) -> "_Measured":
         check_typed(program.collectives, "WeightPerturbation")
-        layouts = self._layouts(program)
         exact = program.of_last_layers() if self.exact_last else []
         perturbed = [i for i in range(len(program.leaves)) if i not in exact]
-        factors = self._drawn(program, layouts, perturbed, portable(key))
-        found = directional_derivatives(program, layouts, factors, self.chunk)
-        terms, derivatives, aux, of_exact = found.losses, found.changes, found.aux, found.exact
-        for i, (axis, rows) in found.rows.items():
-            if i in factors:
-                factors[i] = masked_rows(layouts[i], factors[i], axis, rows)
-        grads = [of_exact.get(i, jnp.zeros_like(leaf)) for i, leaf in enumerate(program.leaves)]
-        for influenced, members in _partition(program, perturbed):
-            own = [(layouts[i], factors[i], program.leaves[i]) for i in members]
-            change = jnp.sum(derivatives[:, sorted(influenced)], axis=1)
-            change = summed_change(change, own[0][2], program.collectives)
-            size = sum(_active_size(program.leaves[i], found.rows.get(i)) for i in members)
-            coefficients = self._coefficients(change, size, *zip(*own, strict=True))
-            for i, (layout, arrays, leaf) in zip(members, own, strict=True):
-                grads[i] = combine_tangents(i, leaf, layout, arrays, coefficients)
-        value = program.losses(terms).total()
-        return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
+        parts = _partition(program, perturbed)
+        drawn = self._to_draw(program, parts)
+        factors = self._drawn(program.leaves, drawn, perturbed, key)
+        lookups = program.lookups if self.mask_rows else {}
+        layouts = [d.layout for d in drawn]
+        found = directional_derivatives(program, layouts, factors, self.chunk, lookups)
+        changes = [jnp.sum(found.changes[:, sorted(terms)], axis=1) for terms, _ in parts]
+        first = [program.leaves[members[0]] for _, members in parts]
+        scalars = Scalars(
+            program.losses(found.losses).total(),
+            tuple(summed_changes(changes, first, program.collectives)),
+            {i: rows for i, rows in found.rows.items() if i in factors},
+            jax.random.key_data(key),
+            drawn,
+            self.unchunked(),
+        )
+        return _Measured(scalars, factors, program.auxiliary(found.aux), found.exact)
+
+    def _combined(
+        self, leaves: Sequence[Array], scalars: Scalars, factors: dict[int, list[Array]]
+    ) -> list[Array]:
+        """The gradient that scalars and factors stand for; that of several workers, stacked."""
+        stacked = scalars.key.ndim > 1
+        weights = functools.partial(self._weights, leaves, scalars.drawn)
+        weights = jax.vmap(weights) if stacked else weights
+        factors, coefficients = weights(scalars.derivatives, scalars.rows, factors)
+        if stacked:
+            merged = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
+            factors, coefficients = jax.tree.map(merged, (factors, coefficients))
+        return [
+            jnp.zeros_like(leaf)
+            if d.part is None
+            else combine_tangents(i, leaf, d.layout, factors[i], coefficients[d.part])
+            for i, (leaf, d) in enumerate(zip(leaves, scalars.drawn, strict=True))
+        ]
+
+    def _weights(
+        self,
+        leaves: Sequence[Array],
+        drawn: Sequence[Drawn],
+        derivatives: Sequence[Array],
+        rows: Mapping[int, Array],
+        factors: Mapping[int, list[Array]],
+    ) -> tuple[dict[int, list[Array]], list[Array]]:
+        """The factors without rows that were not looked up, and what each part is multiplied by."""
+        factors = dict(factors)
+        for i, used in rows.items():
+            axis = drawn[i].rows
+            assert axis is not None
+            factors[i] = masked_rows(drawn[i].layout, factors[i], axis, used)
+        coefficients = []
+        for part, change in enumerate(derivatives):
+            members = [i for i, d in enumerate(drawn) if d.part == part]
+            size = sum(_active_size(leaves[i], drawn[i].rows, rows.get(i)) for i in members)
+            own = [(drawn[i].layout, factors[i], leaves[i]) for i in members]
+            coefficients.append(self._coefficients(change, size, *zip(*own, strict=True)))
+        return factors, coefficients
+
+    def _to_draw(
+        self, program: Program, parts: Sequence[tuple[frozenset[int], list[int]]]
+    ) -> tuple[Drawn, ...]:
+        """How the tangents of each parameter are drawn."""
+        part_of = {i: part for part, (_, members) in enumerate(parts) for i in members}
+        rows, layouts = dict(program.lookups.values()), self._layouts(program)
+        return tuple(
+            Drawn(
+                leaf.shape,
+                layouts[i],
+                tuple(sorted(varying(leaf) & program.collectives)),
+                part_of.get(i),
+                rows.get(i),
+            )
+            for i, leaf in enumerate(program.leaves)
+        )
 
     def _layouts(self, program: Program) -> list[Layout]:
         if self.structure == "dense":
@@ -176,24 +281,23 @@ class WeightPerturbation(AbstractEstimator):
 
     def _drawn(
         self,
-        program: Program,
-        layouts: Sequence[Layout],
-        leaves: Sequence[int],
+        leaves: Sequence[Array],
+        drawn: Sequence[Drawn],
+        perturbed: Sequence[int],
         key: Key[Array, ""],
     ) -> dict[int, list[Array]]:
-        """The factors of the parameters at the positions `leaves`.
+        """The factors of the parameters at the positions `perturbed`.
 
         Workers that exchange what they compute draw for themselves what each has of its own.
         """
-        groups: dict[frozenset[str], list[int]] = {}
-        for i in leaves:
-            axes = varying(program.leaves[i]) & program.collectives
-            groups.setdefault(axes, []).append(i)
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for i in perturbed:
+            groups.setdefault(drawn[i].axes, []).append(i)
         factors = {}
         for axes, members in groups.items():
-            arrays, chosen = zip(*[(program.leaves[i], layouts[i]) for i in members], strict=True)
-            drawn = self._factors(key_of_worker(key, axes), arrays, chosen)
-            factors.update(zip(members, drawn, strict=True))
+            arrays, chosen = zip(*[(leaves[i], drawn[i].layout) for i in members], strict=True)
+            found = self._factors(key_of_worker(key, axes), arrays, chosen)
+            factors.update(zip(members, found, strict=True))
         return factors
 
     def _factors(
@@ -281,19 +385,28 @@ def _partition(program: Program, leaves: Sequence[int]) -> list[tuple[frozenset[
     return [(terms, leaves) for (terms, _), leaves in members.items() if terms]
 
 
+class _Measured(NamedTuple):
+    """The scalars, the factors they were measured with, auxiliary data, and exact gradients."""
+
+    scalars: Scalars
+    factors: dict[int, list[Array]]
+    aux: Any
+    exact: dict[int, Array]
+
+
 class Directional(NamedTuple):
     """What a program computes, and how it changes along tangents.
 
     `changes[k, t]` is the derivative of the sum of term t along tangent k. `exact` has the exact
     gradient by the parameters that are not perturbed, and `rows`, for parameters that are looked up
-    in, the axis that rows are along and which of them are used.
+    in, which rows are used.
     """
 
     losses: list[Array]
     changes: Float[Array, "tangents terms"]
     aux: list[Array]
     exact: dict[int, Array]
-    rows: dict[int, tuple[int, Array]]
+    rows: dict[int, Array]
 
 
 def directional_derivatives(
@@ -301,11 +414,14 @@ def directional_derivatives(
     layouts: Sequence[Layout],
     factors: Mapping[int, Sequence[Array]],
     chunk: int | None = None,
+    lookups: Mapping[int, Lookup] | None = None,
 ) -> Directional:
     """What a program computes, and how it changes along K tangents of some of its parameters.
 
-    `factors` are those of the perturbed parameters by their position.
+    `factors` are those of the perturbed parameters by their position; rows are noted at `lookups`
+    (None: at all of the program's).
     """
+    noted = program.lookups if lookups is None else lookups
     count = len(jax.tree.leaves(factors)[0]) if factors else 1
 
     def run(stage, number, reads):
@@ -314,14 +430,14 @@ def directional_derivatives(
         if exact:
             total, pullback, (writes, derivatives, rows) = jax.vjp(
                 lambda exact: _along_all(
-                    program, layouts, factors, count, stage, exact, reads, chunk
+                    program, layouts, factors, count, stage, exact, reads, chunk, noted
                 ),
                 exact,
                 has_aux=True,
             )
             return writes, (derivatives, pullback(jnp.ones_like(total))[0], rows)
         _, (writes, derivatives, rows) = _along_all(
-            program, layouts, factors, count, stage, {}, reads, chunk
+            program, layouts, factors, count, stage, {}, reads, chunk, noted
         )
         return writes, (derivatives, {}, rows)
 
@@ -329,20 +445,18 @@ def directional_derivatives(
     found = {i: d for derivatives, _, _ in results for i, d in derivatives.items()}
     columns = [found.get(i, jnp.zeros(count)) for i in range(program.terms)]
     grads = {i: g for _, of_stage, _ in results for i, g in of_stage.items()}
-    axes = dict(program.lookups.values())
-    rows: dict[int, tuple[int, Array]] = {}
+    rows: dict[int, Array] = {}
     for _, _, of_stage in results:
         for i, of_worker in of_stage.items():
             used = summed_change(of_worker.astype(int), program.leaves[i], frozenset()) > 0
-            rows[i] = (axes[i], used | rows[i][1] if i in rows else used)
+            rows[i] = used | rows[i] if i in rows else used
     return Directional(terms, jnp.stack(columns, axis=1), aux, grads, rows)
 
 
-def _active_size(leaf: Array, rows: tuple[int, Array] | None) -> Any:
+def _active_size(leaf: Array, axis: int | None, used: Array | None) -> Any:
     """The number of a parameter's entries that the losses can depend on."""
-    if rows is None:
+    if axis is None or used is None:
         return leaf.size
-    axis, used = rows
     return jnp.sum(used) * (leaf.size // leaf.shape[axis])
 
 
@@ -355,6 +469,7 @@ def _along_all(
     exact: Mapping[int, Array],
     reads: Sequence[Any],
     chunk: int | None,
+    lookups: Mapping[int, Lookup],
 ) -> tuple[Array, tuple[list[Array], dict[int, Array], dict[int, Array]]]:
     """The sum of a stage's losses; all that it computes, its terms' derivatives, and rows used."""
     places = program.terms_of(stage)
@@ -369,7 +484,7 @@ def _along_all(
                 else exact[i]
                 for i in stage.leaves
             ]
-            walk = Walk(eps, single=count == 1, lookups=program.lookups)
+            walk = Walk(eps, single=count == 1, lookups=lookups)
             writes = walk.arrays(jaxpr, (), [*weights, *reads])
             sums = {i: total_of(writes[place]) for i, place in places.items()}
             return sums, (writes, walk.rows)

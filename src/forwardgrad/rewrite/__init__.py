@@ -24,6 +24,7 @@ from forwardgrad.rewrite._program import factor_shape as factor_shape
 from forwardgrad.rewrite._program import masked_rows as masked_rows
 from forwardgrad.rewrite._program import named as named
 from forwardgrad.rewrite._program import perturbed as perturbed
+from forwardgrad.rewrite._rows import Lookup as Lookup
 from forwardgrad.rewrite._stages import Stage as Stage
 from forwardgrad.rewrite._stages import after as after
 from forwardgrad.rewrite._trace import evaluate as evaluate
@@ -32,6 +33,7 @@ from forwardgrad.rewrite._walk import Walk as Walk
 from forwardgrad.rewrite._workers import check_typed as check_typed
 from forwardgrad.rewrite._workers import key_of_worker as key_of_worker
 from forwardgrad.rewrite._workers import summed_change as summed_change
+from forwardgrad.rewrite._workers import summed_changes as summed_changes
 from forwardgrad.rewrite._workers import varying as varying
 from forwardgrad.rewrite._workers import varying_alike as varying_alike
 from forwardgrad.rewrite._workers import varying_like as varying_like
@@ -46,6 +48,7 @@ __all__ = [
     "Layer",
     "LayerWalk",
     "Layout",
+    "Lookup",
     "Part",
     "Place",
     "Program",
@@ -68,6 +71,7 @@ __all__ = [
     "perturbed",
     "placed_like",
     "summed_change",
+    "summed_changes",
     "transparent",
     "varying",
     "varying_alike",
