@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -165,8 +166,15 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in {slugify(h, "-") for h in headings}, link
 
 
+def test_notebook_is_stored_without_outputs():
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+
+
 def test_site_builds(tmp_path):
-    """Strictly: pages, links, anchors, references and formulas."""
+    """Strictly: pages, links, anchors, references and formulas; it runs the notebook."""
     subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
         cwd=ROOT,
@@ -176,3 +184,6 @@ def test_site_builds(tmp_path):
         text=True,
     )
     assert "<math" in (tmp_path / "method" / "index.html").read_text(encoding="utf-8")
+    tutorial = (tmp_path / "tutorial" / "index.html").read_text(encoding="utf-8")
+    assert "perturbed activations: test error" in tutorial
+    assert "jp-RenderedImage" in tutorial
