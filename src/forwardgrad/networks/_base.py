@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from forwardgrad.networks._layers import Linear
 
+Images = Float[Array, "batch height width channels"]
+
 Features = Float[Array, "units batch patches"]
 """What heads and the classifier see: units first, in groups of equal size, and patches last."""
 
@@ -38,14 +40,14 @@ class AbstractNetwork(eqx.Module):
     have as many outputs as the classifier, or `projection` ones in contrastive learning.
     """
 
-    blocks: eqx.AbstractVar[list[Callable[[Array], Array]]]
-    heads: eqx.AbstractVar[list[Linear] | None]
-    classifier: eqx.AbstractVar[Linear]
-    groups: eqx.AbstractVar[int]
-    projection: eqx.AbstractVar[int | None]
+    blocks: list[Callable[[Array], Array]]
+    heads: list[Linear] | None
+    classifier: Linear
+    groups: int = eqx.field(static=True)
+    projection: int | None = eqx.field(static=True)
 
     @abc.abstractmethod
-    def embed(self, images: Float[Array, "batch height width channels"]) -> Array:
+    def embed(self, images: Images) -> Array:
         """The first block's input."""
 
     @abc.abstractmethod
@@ -65,15 +67,13 @@ class AbstractNetwork(eqx.Module):
         pooled = self.pooled(x)
         return self.classifier(pooled if self.projection is None else _of_one_length(pooled))
 
-    def blocks_output(self, images: Float[Array, "batch height width channels"]) -> Array:
+    def blocks_output(self, images: Images) -> Array:
         """What the last block computes."""
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)
         return x
 
-    def __call__(
-        self, images: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch classes"]:
+    def __call__(self, images: Images) -> Float[Array, "batch classes"]:
         """The logits."""
         return self.classify(self.blocks_output(images))

@@ -5,7 +5,7 @@ import jax
 from jaxtyping import Array, Float, Key
 
 from forwardgrad._errors import InputError
-from forwardgrad.networks._base import AbstractNetwork, Features
+from forwardgrad.networks._base import AbstractNetwork, Features, Images
 from forwardgrad.networks._layers import (
     LAST_GAIN,
     Conv3x3,
@@ -42,12 +42,6 @@ class CNN(AbstractNetwork):
     All but the last layer are followed by a ReLU (Baydin et al. 2022, Section 5.4).
     """
 
-    blocks: list[Convolution | Dense]
-    heads: list[Linear] | None
-    classifier: Linear
-    groups: int = eqx.field(static=True)
-    projection: int | None = eqx.field(static=True)
-
     def __init__(
         self,
         image_shape: tuple[int, int, int],
@@ -56,7 +50,6 @@ class CNN(AbstractNetwork):
         *,
         key: Key[Array, ""],
         heads: bool = False,
-        groups: int = 1,
         projection: int | None = None,
     ):
         height, breadth, channels = image_shape
@@ -68,22 +61,18 @@ class CNN(AbstractNetwork):
         *keys, hidden_key, last_key = jax.random.split(key, 6)
         inputs = [channels, CHANNELS, CHANNELS, CHANNELS]
         flat = (height // 2 // 2) * (breadth // 2 // 2) * CHANNELS
-        self.blocks = [
-            *[
-                Convolution(m, pools=i % 2 == 1, key=k)
-                for i, (m, k) in enumerate(zip(inputs, keys, strict=True))
-            ],
-            Dense(flat, width, key=hidden_key),
+        convolutions = [
+            Convolution(m, pools=i % 2 == 1, key=k)
+            for i, (m, k) in enumerate(zip(inputs, keys, strict=True))
         ]
+        self.blocks = [*convolutions, Dense(flat, width, key=hidden_key)]
         self.classifier = Linear(width, classes, key=last_key, gain=LAST_GAIN)
         units = [*[CHANNELS] * 4, width]
         self.heads = make_heads(units, classes, projection, key=key) if heads else None
         self.projection = projection
-        self.groups = groups
+        self.groups = 1
 
-    def embed(
-        self, images: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch height width channels"]:
+    def embed(self, images: Images) -> Images:
         """The images."""
         return images
 

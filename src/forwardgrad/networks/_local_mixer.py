@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from forwardgrad._errors import InputError
-from forwardgrad.networks._base import AbstractNetwork, Features, copy_axes
+from forwardgrad.networks._base import AbstractNetwork, Features, Images, copy_axes
 from forwardgrad.networks._layers import LAST_GAIN, Linear, he_normal, make_heads
 from forwardgrad.networks._mean import mean
 from forwardgrad.rewrite import activation
@@ -131,11 +131,6 @@ class LocalMixer(AbstractNetwork):
     (5, 10)
     """
 
-    blocks: list[Block]
-    heads: list[Linear] | None
-    classifier: Linear
-    groups: int = eqx.field(static=True)
-    projection: int | None = eqx.field(static=True)
     patches: int = eqx.field(static=True)
 
     def __init__(
@@ -170,7 +165,7 @@ class LocalMixer(AbstractNetwork):
         self.groups = size.groups
         self.patches = size.patches
 
-    def embed(self, images: Float[Array, "batch height width channels"]) -> Features:
+    def embed(self, images: Images) -> Features:
         """The pixels of each patch."""
         batch, height, width, channels = images.shape
         n = self.patches

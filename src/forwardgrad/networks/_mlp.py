@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Key
 
-from forwardgrad.networks._base import AbstractNetwork, Features
+from forwardgrad.networks._base import AbstractNetwork, Features, Images
 from forwardgrad.networks._layers import LAST_GAIN, Linear, make_heads, units_first
 
 
@@ -26,12 +26,6 @@ class MLP(AbstractNetwork):
     The paper's network is 784-1024-1024-10 (Baydin et al. 2022, Section 5.3).
     """
 
-    blocks: list[Dense]
-    heads: list[Linear] | None
-    classifier: Linear
-    groups: int = eqx.field(static=True)
-    projection: int | None = eqx.field(static=True)
-
     def __init__(
         self,
         inputs: int,
@@ -41,7 +35,6 @@ class MLP(AbstractNetwork):
         *,
         key: Key[Array, ""],
         heads: bool = False,
-        groups: int = 1,
         projection: int | None = None,
     ):
         *keys, last_key = jax.random.split(key, depth + 1)
@@ -50,9 +43,9 @@ class MLP(AbstractNetwork):
         self.classifier = Linear(sizes[-1], outputs, key=last_key, gain=LAST_GAIN)
         self.heads = make_heads(sizes[1:], outputs, projection, key=key) if heads else None
         self.projection = projection
-        self.groups = groups
+        self.groups = 1
 
-    def embed(self, images: Float[Array, "batch height width channels"]) -> Array:
+    def embed(self, images: Images) -> Array:
         """All pixels of an image."""
         return images.reshape(images.shape[0], -1)
 

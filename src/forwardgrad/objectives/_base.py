@@ -5,13 +5,18 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from forwardgrad._errors import InputError
 from forwardgrad._losses import Losses
 from forwardgrad.networks import AbstractNetwork
+from forwardgrad.networks._base import Images
+from forwardgrad.networks._layers import Linear
 from forwardgrad.objectives._supervised import cross_entropy, wrong
-from forwardgrad.objectives._task import AbstractTask
+from forwardgrad.objectives._task import AbstractTask, Labels
+
+Outcome = tuple[Losses, dict[str, Array]]
+"""The losses, not added up, and `{"errors": the number of wrong predictions}`."""
 
 
 class AbstractObjective(eqx.Module):
@@ -28,34 +33,34 @@ class AbstractObjective(eqx.Module):
         """Whether the network's blocks must have heads."""
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        network: AbstractNetwork,
-        images: Float[Array, "batch height width channels"],
-        labels: Int[Array, " batch"],
-    ) -> tuple[Losses, dict[str, Array]]:
+    def __call__(self, network: AbstractNetwork, images: Images, labels: Labels) -> Outcome:
         """The losses, not added up, and `{"errors": the number of wrong predictions}`."""
 
 
-def check_heads(network: AbstractNetwork, what: str) -> None:
-    """Refuse a network without blocks, or without heads for them."""
-    if not network.blocks or network.heads is None:
-        raise InputError(
-            f"{what} a network with blocks that have heads, got "
-            f"{type(network).__name__} with {len(network.blocks)} blocks and "
-            f"{len(network.heads or ())} heads"
-        )
+def heads_of(network: AbstractNetwork, what: str) -> list[Linear]:
+    """The heads of a network's blocks.
+
+    **Raises:**
+
+    `InputError` if the network has no blocks, or no heads for them.
+    """
+    if network.blocks and network.heads is not None:
+        return network.heads
+    raise InputError(
+        f"{what} a network with blocks that have heads, got {type(network).__name__} with "
+        f"{len(network.blocks)} blocks and {len(network.heads or ())} heads"
+    )
 
 
 def with_classifier(
     network: AbstractNetwork,
     x: Array,
-    labels: Int[Array, " batch"],
+    labels: Labels,
     terms: Sequence[Array],
     axes: Sequence[tuple[str, ...]],
     *,
     detached: bool,
-) -> tuple[Losses, dict[str, Array]]:
+) -> Outcome:
     """The terms so far, and that of the network's classifier on the last block's output `x`.
 
     With `detached`, the features are constants to the classifier.

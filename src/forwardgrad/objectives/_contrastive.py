@@ -1,12 +1,14 @@
 """Contrastive learning: two views of an image against all other images."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from forwardgrad._errors import InputError
-from forwardgrad.objectives._task import AbstractTask
+from forwardgrad.objectives._task import AbstractTask, Labels, Outputs, PerExample
 
 EPSILON = 1e-6
 """Added to the square of an output's length: one of length zero has no direction."""
@@ -45,28 +47,19 @@ class Contrastive(AbstractTask):
     """
 
     temperature: float = eqx.field(static=True, default=0.5)
+    uses_labels: ClassVar[bool] = False
 
     def __check_init__(self):
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature!r}")
 
-    @property
-    def uses_labels(self) -> bool:
-        """False."""
-        return False
-
-    def losses(
-        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
-    ) -> Float[Array, " batch"]:
+    def losses(self, outputs: Outputs, labels: Labels) -> PerExample:
         """The formula above."""
-        del labels
         scores = self._scores(directions(outputs)[0])
         matching = jnp.take_along_axis(scores, partners(len(scores))[:, None], axis=1)[:, 0]
         return (jax.nn.logsumexp(scores, axis=1) - matching) / len(scores)
 
-    def error(
-        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
-    ) -> Float[Array, "batch outputs"]:
+    def error(self, outputs: Outputs, labels: Labels) -> Outputs:
         r"""The derivative of the sum of all losses.
 
         With $P$ the softmax of the scores, row by row, and $M$ one where two views match,
@@ -75,7 +68,6 @@ class Contrastive(AbstractTask):
 
         of which an output gets the part that turns it, divided by its length.
         """
-        del labels
         u, scale = directions(outputs)
         probabilities = jax.nn.softmax(self._scores(u), axis=1)
         both = probabilities + probabilities.T
@@ -88,7 +80,7 @@ class Contrastive(AbstractTask):
         return jnp.where(jnp.eye(len(u), dtype=bool), -jnp.inf, scores)
 
 
-def directions(z: Float[Array, "batch outputs"]) -> tuple[Array, Array]:
+def directions(z: Outputs) -> tuple[Array, Array]:
     """Rows of length one, and what they were multiplied with."""
     scale = jax.lax.rsqrt(jnp.sum(z**2, axis=1, keepdims=True) + EPSILON)
     return z * scale, scale

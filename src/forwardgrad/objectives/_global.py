@@ -1,13 +1,11 @@
 """One loss at the network's end."""
 
-from jaxtyping import Array, Float, Int
-
-from forwardgrad._losses import Losses
 from forwardgrad.networks import AbstractNetwork
-from forwardgrad.objectives._base import AbstractObjective, check_heads, with_classifier
+from forwardgrad.networks._base import Images
+from forwardgrad.objectives._base import AbstractObjective, Outcome, heads_of, with_classifier
 from forwardgrad.objectives._replicated import separate_losses
 from forwardgrad.objectives._supervised import Supervised
-from forwardgrad.objectives._task import AbstractTask
+from forwardgrad.objectives._task import AbstractTask, Labels
 
 
 class GlobalLoss(AbstractObjective):
@@ -36,18 +34,11 @@ class GlobalLoss(AbstractObjective):
         """Whether the task is another than the classifier's."""
         return not self.task.uses_labels
 
-    def __call__(
-        self,
-        network: AbstractNetwork,
-        images: Float[Array, "batch height width channels"],
-        labels: Int[Array, " batch"],
-    ) -> tuple[Losses, dict[str, Array]]:
+    def __call__(self, network: AbstractNetwork, images: Images, labels: Labels) -> Outcome:
         """The loss of every example, and the number of wrong predictions."""
         x = network.blocks_output(images)
         if self.task.uses_labels:
             return with_classifier(network, x, labels, [], [], detached=False)
-        check_heads(network, "contrastive learning needs")
-        assert network.heads is not None
-        outputs = network.heads[-1](network.pooled(x))
-        terms = [separate_losses(self.task, outputs, labels)]
+        head = heads_of(network, "contrastive learning needs")[-1]
+        terms = [separate_losses(self.task, head(network.pooled(x)), labels)]
         return with_classifier(network, x, labels, terms, [("example",)], detached=True)

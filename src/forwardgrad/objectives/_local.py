@@ -1,14 +1,13 @@
 """A loss for every block."""
 
 import jax
-from jaxtyping import Array, Float, Int
 
-from forwardgrad._losses import Losses
 from forwardgrad.networks import AbstractNetwork, copy_axes
-from forwardgrad.objectives._base import AbstractObjective, check_heads, with_classifier
+from forwardgrad.networks._base import Images
+from forwardgrad.objectives._base import AbstractObjective, Outcome, heads_of, with_classifier
 from forwardgrad.objectives._replicated import replicated_loss
 from forwardgrad.objectives._supervised import Supervised
-from forwardgrad.objectives._task import AbstractTask
+from forwardgrad.objectives._task import AbstractTask, Labels
 
 
 class LocalLoss(AbstractObjective):
@@ -51,21 +50,15 @@ class LocalLoss(AbstractObjective):
 
     @property
     def needs_heads(self) -> bool:
-        """True."""
+        """Always."""
         return True
 
-    def __call__(
-        self,
-        network: AbstractNetwork,
-        images: Float[Array, "batch height width channels"],
-        labels: Int[Array, " batch"],
-    ) -> tuple[Losses, dict[str, Array]]:
+    def __call__(self, network: AbstractNetwork, images: Images, labels: Labels) -> Outcome:
         """The losses, block by block and the classifier's last, and the wrong predictions."""
-        check_heads(network, "local losses need")
-        assert network.heads is not None
+        heads = heads_of(network, "local losses need")
         stop = jax.lax.stop_gradient if self.greedy and self.blockwise else lambda x: x
         x, terms, axes = network.embed(images), [], []
-        for i, (block, head) in enumerate(zip(network.blocks, network.heads, strict=True)):
+        for i, (block, head) in enumerate(zip(network.blocks, heads, strict=True)):
             x = block(stop(x))
             if self.blockwise or i == len(network.blocks) - 1:
                 group, patch = copy_axes(i)
@@ -76,12 +69,7 @@ class LocalLoss(AbstractObjective):
 
     def _replicated(self, network, x, head, labels):
         features = network.features(x)
-        return replicated_loss(
-            self.task,
-            network.groups if self.groupwise else 1,
-            features.shape[2] if self.patchwise else 1,
-            features,
-            head.weight,
-            head.bias,
-            labels,
-        )
+        groups = network.groups if self.groupwise else 1
+        patches = features.shape[2] if self.patchwise else 1
+        copies = (groups, patches, features, head.weight, head.bias)
+        return replicated_loss(self.task, *copies, labels)

@@ -4,18 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from forwardgrad.objectives._task import AbstractTask
+from forwardgrad.objectives._task import AbstractTask, Labels, Outputs, PerExample
 from forwardgrad.rewrite import transparent
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def separate_losses(
-    task: AbstractTask,
-    outputs: Float[Array, "batch outputs"],
-    labels: Int[Array, " batch"],
-) -> Float[Array, " batch"]:
+def separate_losses(task: AbstractTask, outputs: Outputs, labels: Labels) -> PerExample:
     r"""A task's losses, each differentiated by the outputs of its own example alone.
 
     The others are constants to it. Where a loss compares examples with each other, its whole
@@ -44,7 +40,7 @@ def replicated_loss(
     features: Float[Array, "units batch all_patches"],
     weight: Float[Array, "units outputs"],
     bias: Float[Array, " outputs"],
-    labels: Int[Array, " batch"],
+    labels: Labels,
 ) -> Float[Array, "groups batch patches"]:
     r"""The loss of a linear head, once for each example, group and patch.
 

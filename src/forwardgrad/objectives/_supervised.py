@@ -1,16 +1,16 @@
 """Classification."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from forwardgrad.objectives._task import AbstractTask
+from forwardgrad.objectives._task import AbstractTask, Labels, Outputs, PerExample
 
 
-def cross_entropy(
-    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]
-) -> Float[Array, " batch"]:
+def cross_entropy(logits: Float[Array, "batch classes"], labels: Labels) -> PerExample:
     r"""Softmax cross-entropy of every example, scaled to add up to the batch's mean.
 
     $$\ell_b = -\frac1B \log \operatorname{softmax}(z_b)_{y_b}$$
@@ -18,7 +18,7 @@ def cross_entropy(
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels) / len(labels)
 
 
-def wrong(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Int[Array, ""]:
+def wrong(logits: Float[Array, "batch classes"], labels: Labels) -> Int[Array, ""]:
     """The number of wrong predictions."""
     return jnp.sum(jnp.argmax(logits, axis=-1) != labels)
 
@@ -26,20 +26,13 @@ def wrong(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -
 class Supervised(AbstractTask):
     """Classification: the outputs are logits, their loss is the softmax cross-entropy."""
 
-    @property
-    def uses_labels(self) -> bool:
-        """True."""
-        return True
+    uses_labels: ClassVar[bool] = True
 
-    def losses(
-        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
-    ) -> Float[Array, " batch"]:
+    def losses(self, outputs: Outputs, labels: Labels) -> PerExample:
         """[`cross_entropy`][forwardgrad.objectives.cross_entropy]."""
         return cross_entropy(outputs, labels)
 
-    def error(
-        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
-    ) -> Float[Array, "batch outputs"]:
+    def error(self, outputs: Outputs, labels: Labels) -> Outputs:
         """The softmax, less one at the label, divided by the number of examples."""
         target = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
         return (jax.nn.softmax(outputs) - target) / len(labels)

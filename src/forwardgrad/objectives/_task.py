@@ -1,9 +1,17 @@
 """What a loss compares a network's outputs with."""
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 from jaxtyping import Array, Float, Int
+
+Outputs = Float[Array, "batch outputs"]
+"""What a linear layer makes of the examples."""
+
+Labels = Int[Array, " batch"]
+
+PerExample = Float[Array, " batch"]
 
 
 class AbstractTask(eqx.Module):
@@ -13,23 +21,17 @@ class AbstractTask(eqx.Module):
     the losses' sum is what is learned, and `error` says how it changes.
     """
 
-    @property
-    @abc.abstractmethod
-    def uses_labels(self) -> bool:
-        """Whether features learn from labels.
+    uses_labels: ClassVar[bool]
+    """Whether features learn from labels.
 
-        Where they do not, the network's classifier is a readout: it learns alongside, on features
-        that are constants to it.
-        """
+    Where they do not, the network's classifier is a readout: it learns alongside, on features that
+    are constants to it.
+    """
 
     @abc.abstractmethod
-    def losses(
-        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
-    ) -> Float[Array, " batch"]:
+    def losses(self, outputs: Outputs, labels: Labels) -> PerExample:
         """The loss of each example, scaled to add up to the batch's mean."""
 
     @abc.abstractmethod
-    def error(
-        self, outputs: Float[Array, "batch outputs"], labels: Int[Array, " batch"]
-    ) -> Float[Array, "batch outputs"]:
+    def error(self, outputs: Outputs, labels: Labels) -> Outputs:
         """The derivative of the losses' sum by the outputs."""
