@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import forwardgrad as fg
-from data_helpers import real_folder, write_pair, write_parquet
+from data_helpers import write_parquet
+from forwardgrad import data
 from forwardgrad._errors import InputError
 from forwardgrad.experiments import (
     COMPARE,
@@ -26,12 +27,14 @@ from forwardgrad.experiments import (
     mlp_problem,
     provenance,
 )
+from forwardgrad.experiments import _ablation as ablation
 from forwardgrad.experiments import _mnist as mnist
 from forwardgrad.experiments import _scaling as scaling
 from forwardgrad.experiments import _toy as toy
 from forwardgrad.experiments._experiment import read_out
 from forwardgrad.networks import SIZES
 from forwardgrad.results import CurveCell, Grid, TableCell, csv, over_seeds, read, without_none
+from forwardgrad.training import _batches
 
 
 def options(name, **settings):
@@ -151,22 +154,31 @@ def test_interleave_takes_turns_and_leaves_out_the_first_round():
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 5)
 
 
+def digits(count, side):
+    """The first images of each split of digits, smaller where asked, with their labels."""
+    found = data.load("digits")
+    for name in ("train", "test"):
+        split, step = getattr(found, name), 8 // side
+        yield name, split.images[:count, ::step, ::step], split.labels[:count]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["logreg", "mlp", "cnn"])
 def test_mnist(tmp_path, monkeypatch, network):
-    iterations = {"logreg": 200, "mlp": 60, "cnn": 20}[network]
-    # The third network takes minutes to evaluate on ten thousand images.
-    data_dir = tmp_path / "data" if network == "cnn" else real_folder()
-    if network == "cnn":
-        write_pair(data_dir / "mnist", train=128)
+    iterations = {"logreg": 200, "mlp": 60, "cnn": 10}[network]
+    # Sixty thousand images would take long to decode, and the third network long to evaluate.
+    for split, images, labels in digits(128, side=4 if network == "cnn" else 8):
+        path = tmp_path / "data" / "mnist" / f"{split}.parquet"
+        write_parquet(path, list(images), list(labels), classes=[str(i) for i in range(10)])
+    monkeypatch.setattr(_batches, "BATCH", 64)
     chosen = options(
         f"mnist-{network}",
         out=tmp_path / "out",
-        data_dir=data_dir,
+        data_dir=tmp_path / "data",
         iterations=iterations,
         seeds=1,
         log_every=iterations // 10,
-        learning_rates=(2e-4,),
+        learning_rates=(2e-3,),
     )
     first = run(f"mnist-{network}", chosen)
     assert [cell["algorithm"] for cell in first["cells"]] == ["bp", "fg-w"]
@@ -176,7 +188,7 @@ def test_mnist(tmp_path, monkeypatch, network):
         assert all(np.isfinite(cell["losses"]))
     assert [row["seeds"] for row in first["table"]] == [1, 1]
     bp, fg_w = first["cells"]
-    if network != "cnn":  # Twenty steps are too few to see.
+    if network != "cnn":  # Ten steps are too few to see.
         assert bp["losses"][-1] < bp["losses"][0]
     if network == "logreg":
         assert fg_w["losses"][-1] < fg_w["losses"][0]
@@ -226,8 +238,9 @@ def test_compare(tmp_path):
 
 
 @pytest.mark.slow
-def test_table4(tmp_path):
+def test_table4(tmp_path, monkeypatch):
     """Readouts of trained and untrained features; what is stored is not done again."""
+    monkeypatch.setattr(_batches, "BATCH", 24)
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 12)):
         images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
@@ -266,6 +279,7 @@ def test_table4(tmp_path):
 
 @pytest.mark.slow
 def test_ablation(tmp_path, monkeypatch):
+    monkeypatch.setitem(ablation.SETTINGS, "digits", ("digits", "s/1"))
     chosen = options(
         "ablation",
         **{"out": tmp_path, "settings": ("digits",), "groups": (1, 4), "iterations": 2},
@@ -281,9 +295,9 @@ def test_ablation(tmp_path, monkeypatch):
         ("lg-fg-a", False),
         ("fg-a", True),
     }
-    assert {c["network"] for c in configs} == {"s/2/1", "s/2/4"}
+    assert {c["network"] for c in configs} == {"s/1/1", "s/1/4"}
     markdown = (tmp_path / "ablation.md").read_text().splitlines()
-    assert markdown[:3] == ["**digits, s/2/groups, supervised**", "", "| groups | 1 | 4 |"]
+    assert markdown[:3] == ["**digits, s/1/groups, supervised**", "", "| groups | 1 | 4 |"]
     assert len(markdown) == 7
     # One group: its loss is that of all.
     by = {(c["variant"], c["groups"]): c["test_error"] for c in stored["cells"]}
