@@ -22,6 +22,13 @@ NETWORKS = {
     "mixer, one patch": LocalMixer(SHAPE, Size(16, 1, 4, 1), CLASSES, key=jax.random.key(0)),
 }
 STEPS = {"cnn": 60}
+AT_LEAST = 20
+
+
+def learnt(values, errors, loss):
+    """Whether a loss fell below `loss`, as a mean of five steps, and half of the errors went."""
+    fell = np.min(np.convolve(values, np.ones(5) / 5, "valid"), initial=np.inf) < loss
+    return len(values) >= AT_LEAST and fell and min(errors) < 0.5 * errors[0]
 
 
 def data():
@@ -60,15 +67,19 @@ def test_contrastive(name):
         return optax.apply_updates(params, updates), state, *aux
 
     state, values, errors = optimiser.init(params), [], []
+    # One head starts near log(63) = 4.1 and cannot get below about 2.1 at this temperature.
+    heads = (
+        len(jax.eval_shape(lambda: objective(network, images, two_views(labels, labels)))[0].terms)
+        - 1
+    )
     for key in jax.random.split(jax.random.key(2), 300):
         params, state, wrong, contrastive = step(params, state, key)
         values.append(float(contrastive))
         errors.append(int(wrong))
+        if learnt(values, errors, values[0] - 0.3 * heads):
+            break
     assert np.isfinite(values).all()
-    # One head starts near log(63) = 4.1 and cannot get below about 2.1 at this temperature.
-    heads = len(objective(network, images, two_views(labels, labels))[0].terms) - 1
-    assert np.min(np.convolve(values, np.ones(5) / 5, "valid")) < values[0] - 0.3 * heads
-    assert min(errors) < 0.5 * errors[0]
+    assert learnt(values, errors, values[0] - 0.3 * heads)
 
 
 @pytest.mark.slow
@@ -107,14 +118,15 @@ def test_conformance(name, network):
         trained, state, value, wrong, grads = step(trained, state, key)
         values.append(float(value))
         errors.append(int(wrong))
+        if learnt(values, errors, 0.6 * values[0]):
+            break
     assert traces == step._cache_size() == 1
     np.testing.assert_allclose(values[0], loss(params)[0].total(), rtol=1e-5)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
         assert (g.shape, g.dtype) == (p.shape, p.dtype)
     # Feedback alignment may leave again what it has reached.
-    assert np.min(np.convolve(values, np.ones(5) / 5, "valid")) < 0.6 * values[0]
-    assert min(errors) < 0.5 * errors[0]
+    assert learnt(values, errors, 0.6 * values[0])
     assert np.isfinite(values).all()
     # Whatever the objective, every parameter that it reaches is learned.
     unused = [] if objective.needs_heads else jax.tree.leaves(params.heads)
