@@ -543,7 +543,7 @@ def test_nan_in_the_loss_of_one_block_stops_the_run(tmp_path, monkeypatch):
     with fails("the run diverged"):
         fit(
             TrainConfig(
-                network="m/8/16", algorithm="lg-fg-a", epochs=2, batch_size=8,
+                network="s/2/4", algorithm="lg-fg-a", epochs=2, batch_size=8,
                 log_every=1, checkpoint_every=1e-3, out=tmp_path / "run",
             )
         )  # fmt: skip
@@ -624,8 +624,9 @@ def test_backpropagation_learns_digits(tmp_path):
 
 @pytest.mark.slow
 def test_the_defaults_learn_digits_without_backpropagation(tmp_path):
-    """By the command; it compiles well, because its steps are what takes the time."""
-    command = [sys.executable, "-m", "forwardgrad", "train", "--out", str(tmp_path / "run")]
+    """By the command, in half the epochs; compiled well, for its steps are what takes the time."""
+    options = ["--epochs", "50", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "forwardgrad", "train", *options]
     subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, check=True, capture_output=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["algorithm"] == "fg-w"
