@@ -280,6 +280,12 @@ operations(
     fft_of_three=lambda h, w: jnp.fft.fftn(h @ w).real,
     cholesky=lambda h, w: jnp.linalg.cholesky(spd(h)) @ h @ w,
     solve=lambda h, w: jnp.linalg.solve(spd(h), h @ w),
+    solve_by_a_weight=lambda h, w: jnp.linalg.solve(
+        3 * jnp.eye(D) + w, h.reshape(-1, D).T
+    ).T.reshape(h.shape),
+    solve_by_iterations=lambda h, w: jax.vmap(
+        lambda x: jax.scipy.sparse.linalg.cg(lambda z: z @ w @ w.T + 9 * z, x)[0]
+    )(h),
     triangular=lambda h, w: jax.lax.linalg.triangular_solve(
         jnp.linalg.cholesky(spd(h)), h @ w, left_side=True, lower=True
     ),
@@ -671,7 +677,7 @@ def test_every_rule_is_tested():
 FOUND = """
 product; merged; merged tokens first; merged with units; all merged; split units; heads; broadcast
 layer norm; rows; pairs; along axis; cumsum tokens; sort tokens; sort units; top k; flip tokens
-fft units; fft tokens; cholesky; triangular; conv one; conv three
+fft units; fft tokens; cholesky; triangular; solve; solve by a weight; conv one; conv three
 conv by channel; conv tokens first; max pool; pool units; odd reducer; product over tokens
 log sum exp; sliced and joined; joined units; padded; padded inside; dynamic; updated
 split; outer; stacked; stacked last; set at; unstacked; tiled tokens; tiled in front

@@ -163,6 +163,12 @@ def attention(p):
     return squares(jnp.mean(jnp.tanh(mixed @ p["o"]), axis=1) @ p["last"])
 
 
+@program(w=(D, 6), v=(6, 6), last=(6, 2))
+def linear_solve(p):
+    h = jnp.tanh(X @ p["w"]).T
+    return squares(jnp.tanh(jnp.linalg.solve(2 * jnp.eye(6) + 0.3 * p["v"], h)).T @ p["last"])
+
+
 @program(table=(4, D), w=(D, D))
 def tied_embedding(p):
     h = jnp.tanh((p["table"][IDS] + POSITIONS) @ p["w"])
@@ -464,3 +470,80 @@ def test_a_constant_that_a_weight_is_made_with_is_no_data():
         np.testing.assert_allclose(
             step(w, key=key)[1]["first"], projection.T @ there, rtol=1e-4, atol=1e-5
         )
+
+
+def test_errors_do_not_come_back_by_the_matrix_of_a_linear_system():
+    found = PROGRAMS["linear solve"]
+    with pytest.raises(fg.InputError, match="no feedback weight for custom_linear_solve"):
+        fg.value_and_grad(found.fun, fg.FeedbackAlignment())(found.params)
+    for estimator in (fg.ActivityPerturbation(), fg.DirectFeedbackAlignment()):
+        fg.value_and_grad(found.fun, estimator)(found.params, key=KEYS[0])
+
+
+def two_layers_by_refs(p):
+    kept, rest = jax.new_ref(jnp.tanh(X @ p["w"])), jax.new_ref(jnp.zeros((B, 6)))
+
+    def step(i, total):
+        rest[...] += 0.5 * kept[...]
+        return total + jnp.sum(kept[0])
+
+    total = jax.lax.fori_loop(0, 2, step, 0.0)
+    return jnp.sum((jnp.tanh(rest[...] @ p["v"]) @ p["last"] - 1) ** 2) + total
+
+
+@pytest.mark.parametrize("tangents", [1, 3])
+def test_what_is_read_from_a_ref_depends_on_what_was_written(tangents):
+    w = PROGRAMS["custom jvp"].params
+
+    def plain(p):
+        h = jnp.tanh(X @ p["w"])
+        out = jnp.tanh(h @ p["v"]) @ p["last"]
+        return jnp.sum((out - 1) ** 2) + 2 * jnp.sum(h[0])
+
+    for estimator in (fg.WeightPerturbation(tangents=tangents), fg.FeedbackAlignment()):
+        of_both = [
+            jax.jit(fg.value_and_grad(fun, estimator))(w, key=KEYS[0])[1]
+            for fun in (two_layers_by_refs, plain)
+        ]
+        for a, b in zip(*map(jax.tree.leaves, of_both), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_input_with_refs():
+    w = PROGRAMS["custom jvp"].params
+    for estimator in RANDOM.values():
+        with pytest.raises(fg.InputError, match=r"does not have where fun uses a jax\.Ref"):
+            fg.value_and_grad(two_layers_by_refs, estimator)(w, key=KEYS[0])
+
+    def kept(p):
+        return two_layers_by_refs({**p, "v": jax.new_ref(p["v"])[...]})
+
+    with pytest.raises(fg.InputError, match=r"that is written to a jax\.Ref at .*test_"):
+        fg.value_and_grad(kept, fg.FeedbackAlignment())(w)
+
+
+FROZEN, ORDER = normal(6, 6), jnp.array([2, 0, 3, 1])
+ADAPTED = {
+    "a base among the arguments": lambda p, base: base + p["A"] @ p["B"],
+    "a base among the arguments, cast": lambda p, base: 2 * (base + p["A"] @ p["B"]).T,
+    "a frozen factor": lambda p, base: FROZEN + base[:, :2] @ p["B"],
+    "examples in another order": lambda p, base: FROZEN + p["A"] @ p["B"],
+    "the unit matrix": lambda p, base: jnp.eye(6) + p["A"] @ p["B"],
+    "a projection": lambda p, base: FROZEN @ p["A"] @ p["B"],
+}
+
+
+@pytest.mark.parametrize("estimator", FEEDBACK.values())
+@pytest.mark.parametrize("name", ADAPTED)
+def test_what_may_be_a_weight_is_not_taken_for_data(name, estimator):
+    """Feedback would come by the real weight, if what a parameter meets were taken for data."""
+    w = {"w": normal(D, 6), "A": normal(6, 2), "B": normal(2, 6), "last": normal(6, 2)}
+    given = "base" in name or "factor" in name
+
+    def fun(p, base, x):
+        h = jnp.tanh(jnp.tanh(x @ p["w"]) @ ADAPTED[name](p, base))
+        losses = squares((h if given else h[ORDER]) @ p["last"])
+        return losses.total() if given else losses
+
+    with pytest.raises(fg.InputError, match=r"cannot tell whether dot_general|needs (a|the) "):
+        fg.value_and_grad(fun, estimator)(w, FROZEN, X)

@@ -189,6 +189,18 @@ def test_chunks_change_nothing(kind, chunk):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_chunk_that_vmap_refuses_is_taken_one_by_one():
+    def experts(w):
+        return jnp.sum(jnp.tanh(jax.lax.ragged_dot(X, w, jnp.array([5, len(X) - 5], jnp.int32))))
+
+    w = jnp.stack([PAIR["v"], PAIR["w"]])
+    expected, found = (
+        fg.value_and_grad(experts, fg.WeightPerturbation(tangents=5, chunk=c))(w, key=KEYS[0])[1]
+        for c in (1, 2)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def largest(jaxpr):
     """The number of entries of the largest array that a program computes."""
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._distributions import draw, feedback_key
 from forwardgrad.estimators._feedback import AbstractFeedback, Feedback, at_iterations
-from forwardgrad.estimators._steering import check_one_by_one, not_differentiable
+from forwardgrad.estimators._steering import check_one_by_one, check_products, not_differentiable
 from forwardgrad.rewrite import (
     Activation,
     Hooks,
@@ -116,6 +116,7 @@ class DirectFeedbackAlignment(AbstractFeedback):
         self, program: Program, state: Feedback | None
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         check_one_by_one(program, "DirectFeedbackAlignment")
+        check_products(program, "DirectFeedbackAlignment")
         outputs = _outputs(program)
         # What goes into a layer is cut off from what it comes from: see `ActivityPerturbation`.
         (value, _), pullback, (inputs, aux) = jax.vjp(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._distributions import draw, feedback_key
 from forwardgrad.estimators._feedback import AbstractFeedback, Feedback, at_iterations
-from forwardgrad.estimators._steering import check_one_by_one
+from forwardgrad.estimators._steering import check_one_by_one, check_products
 from forwardgrad.rewrite import (
     SENT_BACK,
     Hooks,
@@ -78,6 +78,7 @@ class FeedbackAlignment(AbstractFeedback):
         self, program: Program, state: Feedback | None
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         check_one_by_one(program, "FeedbackAlignment")
+        check_products(program, "FeedbackAlignment")
         _check_layers(program)
 
         def product(layer, site, arrays):

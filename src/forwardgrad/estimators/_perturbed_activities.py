@@ -16,6 +16,7 @@ from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explain
 from forwardgrad.estimators._distributions import DISTRIBUTIONS, Distribution, draw, portable
 from forwardgrad.estimators._steering import (
     check_chunk,
+    check_no_refs,
     check_one_by_one,
     influenced,
     not_differentiable,
@@ -77,6 +78,7 @@ class AbstractPerturbedActivities(AbstractEstimator):
         assert key is not None
         program = self._program(fun, params)
         check_one_by_one(program, type(self).__name__)
+        check_no_refs(program, type(self).__name__)
         grads = [jnp.zeros_like(leaf) for leaf in program.leaves]
         base = portable(key)
 

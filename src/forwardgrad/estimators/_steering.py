@@ -1,5 +1,6 @@
 """Which losses an activation's entries can change, and K tangents at once."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,7 +144,7 @@ def over_tangents(
     once, each = over_tangents(along, head, first, program)
 
     def rest(tangent):
-        return over_tangents(lambda t: along(t, pure=True), tangent, chunk, program)[1]
+        return over_tangents(functools.partial(along, pure=True), tangent, chunk, program)[1]
 
     tail = jax.tree.map(lambda a: a[first:].reshape(chunks, chunk, *a.shape[1:]), tangents)
     later = jax.lax.map(rest, tail)
@@ -160,6 +161,11 @@ def check_one_by_one(program: Program, estimator: str) -> None:
                 f"mode, and {estimator} needs that of every single layer; WeightPerturbation() "
                 "needs none"
             )
+    for eqn in program.plan.written:
+        raise InputError(
+            f"{estimator} cannot follow a parameter that is written to a jax.Ref at "
+            f"{line_of(eqn)}; keep it in an array, or use WeightPerturbation()"
+        )
     for layer in program.plan.layers.values():
         changes = any(program.plan.terms(v) for v in layer.eqn.outvars)
         if layer.deep and changes:
@@ -168,6 +174,27 @@ def check_one_by_one(program: Program, estimator: str) -> None:
                 f"{line_of(layer.eqn)} holds several layers, one after another; take them out of "
                 "it, or use WeightPerturbation()"
             )
+
+
+def check_products(program: Program, estimator: str) -> None:
+    """Raise an `InputError` if a product that may be one with a weight is not known to be one."""
+    for eqn in program.plan.unclear:
+        if any(program.plan.terms(v) for v in eqn.outvars):
+            raise InputError(
+                f"{estimator} cannot tell whether {eqn.primitive.name} at {line_of(eqn)} is a "
+                "product with a weight: a parameter meets an array before, and it is unclear "
+                "whether that is data. Return forwardgrad.Losses with an axis 'example' that can "
+                "be followed, or close over the array instead of passing it to fun"
+            )
+
+
+def check_no_refs(program: Program, what: str) -> None:
+    """Raise an `InputError` where JAX cannot differentiate layers by themselves."""
+    if program.has_refs:
+        raise InputError(
+            f"{what} needs the derivatives of single layers, which JAX does not have where fun "
+            "uses a jax.Ref; keep what is written there in an array, or use WeightPerturbation()"
+        )
 
 
 def not_differentiable(tree: Any, estimator: str) -> Any:

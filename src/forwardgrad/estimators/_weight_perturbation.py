@@ -23,7 +23,7 @@ from forwardgrad.estimators._distributions import (
     to_sphere,
 )
 from forwardgrad.estimators._scalars import Drawn, Scalars, checked
-from forwardgrad.estimators._steering import check_chunk, over_tangents, total_of
+from forwardgrad.estimators._steering import check_chunk, check_no_refs, over_tangents, total_of
 from forwardgrad.rewrite import (
     Layout,
     Lookup,
@@ -198,6 +198,8 @@ class WeightPerturbation(AbstractEstimator):
     def _measured(self, program: Program, key: Key[Array, ""]) -> "_Measured":
         check_typed(program.collectives, "WeightPerturbation")
         exact = program.of_last_layers() if self.exact_last else []
+        if exact:
+            check_no_refs(program, "exact_last")
         perturbed = [i for i in range(len(program.leaves)) if i not in exact]
         parts = _partition(program, perturbed)
         drawn = self._to_draw(program, parts)

@@ -373,7 +373,14 @@ def _rev(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target
     return [MIXED if axis in eqn.params["dimensions"] else axis]
 
 
-@_rule("cholesky", "eigh", "lu", "qr", "householder_product", "svd", "triangular_solve")
+@_rule("triangular_solve")
+def _triangular(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
+    rank = len(shape_of(eqn.invars[1]))
+    solved = rank - 2 if eqn.params["left_side"] else rank - 1
+    return [axis if axis < rank - 2 else MIXED, MIXED if axis == solved else axis]
+
+
+@_rule("cholesky", "eigh", "lu", "qr", "householder_product", "svd")
 def _matrices(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
     ranks = [len(shape_of(atom)) for atom in eqn.invars]
     leading = min(ranks) - 2

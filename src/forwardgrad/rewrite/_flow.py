@@ -18,8 +18,10 @@ from forwardgrad.rewrite._primitives import (
     CONSTANT,
     CUSTOM_JVP,
     CUSTOM_VJP,
+    LINEAR_SOLVE,
     OF_ENTRIES,
     SHARD_MAP,
+    is_ref,
     programs,
     scan_counts,
     while_counts,
@@ -42,6 +44,7 @@ class Backward(abc.ABC, Generic[V]):
     def __init__(self):
         self.found: dict[Var, V] = {}
         self._depth = 0
+        self._outs: Sequence[V | None] | None = None
 
     @abc.abstractmethod
     def join(self, a: V, b: V) -> V:
@@ -53,8 +56,14 @@ class Backward(abc.ABC, Generic[V]):
 
     def opaque(self, eqn: JaxprEqn, outs: Sequence[V | None]) -> Sequence[V | None]:
         """What holds of the inputs of an equation that is not followed."""
-        everything = functools.reduce(self.join, [v for v in outs if v is not None])
-        return [everything] * len(eqn.invars)
+        return [self._joined(outs)] * len(eqn.invars)
+
+    def written(self, eqn: JaxprEqn) -> Sequence[V | None]:
+        """What holds of the inputs of an equation that may write to a `jax.Ref`: all that can be.
+
+        Who reads it, and when, is not followed.
+        """
+        return self.opaque(eqn, self._outs or ())
 
     def into_loop(self, v: V, stacked: bool) -> V:
         """What holds inside of a loop's body, of what it carries or stacks."""
@@ -93,13 +102,17 @@ class Backward(abc.ABC, Generic[V]):
 
     def run(self, jaxpr: Jaxpr, outs: Sequence[V | None]) -> list[V | None]:
         """Go through a program; returns what holds of its inputs."""
+        self._outs = outs if self._outs is None else self._outs
         for atom, v in zip(jaxpr.outvars, outs, strict=True):
             self.note(atom, v)
         for eqn in reversed(jaxpr.eqns):
             known = [self.found.get(v) for v in eqn.outvars]
-            if eqn.primitive.name in CONSTANT or all(v is None for v in known):
+            shared = any(map(is_ref, (*eqn.invars, *eqn.outvars)))
+            if eqn.primitive.name in CONSTANT or not (shared or any(v is not None for v in known)):
                 continue
             for atom, v in zip(eqn.invars, self._equation(eqn, known), strict=True):
+                self.note(atom, v)
+            for atom, v in zip(eqn.invars, self.written(eqn) if shared else (), strict=shared):
                 self.note(atom, v)
         return [self.found.get(v) for v in jaxpr.invars]
 
@@ -120,6 +133,8 @@ class Backward(abc.ABC, Generic[V]):
             return self.run_rule(eqn, outs)
         if name == CUSTOM_VJP and kind_of_rule(eqn) == "linear":
             return self.run_rule(pushed_forward(eqn).jaxpr.eqns[0], outs)
+        if name == LINEAR_SOLVE:
+            return self._linear_solve(eqn, outs)
         if inner and name not in OF_ENTRIES:
             return self.opaque(eqn, outs)
         return self.through(eqn, outs)
@@ -144,6 +159,16 @@ class Backward(abc.ABC, Generic[V]):
         inside = [v if v is None else self.enter_shards(eqn, i, v) for i, v in enumerate(outs)]
         ins = self.run(jaxpr, inside)
         return [v if v is None else self.leave_shards(eqn, i, v) for i, v in enumerate(ins)]
+
+    def _linear_solve(self, eqn: JaxprEqn, outs: Sequence[V | None]) -> Sequence[V | None]:
+        """By the derivative of `A x = b`, which is `A dx = db - dA x`, whatever solves it."""
+        consts, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+        solve, matvec = (inline(p, forward=True).jaxpr for p in (jaxprs.solve, jaxprs.matvec))
+        b = self.run(solve, outs)[consts.solve :]
+        if any(v is None is not out for v, out in zip(b, outs, strict=True)):
+            return self.opaque(eqn, outs)
+        operator = self.run(matvec, b)[: consts.matvec]
+        return [*operator, *[None] * (len(eqn.invars) - len(operator) - len(b)), *b]
 
     def _scan(self, eqn: JaxprEqn, body: Jaxpr, outs: Sequence[V | None]) -> Sequence[V | None]:
         consts, carry = scan_counts(eqn)

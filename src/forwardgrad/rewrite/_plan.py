@@ -16,18 +16,20 @@ from typing import Any, NamedTuple
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from forwardgrad.rewrite._axes import NamedAxes, Places, may_have_own, places_of_terms
-from forwardgrad.rewrite._flow import MIXED, Influence, Terms
+from forwardgrad.rewrite._flow import MIXED, UNKNOWN, Influence, Terms
 from forwardgrad.rewrite._mark import mark_p
 from forwardgrad.rewrite._primitives import (
     BRANCHES,
     CONSTANT,
     CUSTOM_JVP,
     CUSTOM_VJP,
+    MATRICES,
     MERGED,
     MOVES,
     PRODUCTS,
     SENT_BACK,
     SHARD_MAP,
+    is_ref,
     programs,
     scan_counts,
 )
@@ -142,7 +144,10 @@ class Plan:
         self.layers: dict[int, Layer] = {}
         self.outputs: dict[Var, Output] = {}
         self.while_loops: list[JaxprEqn] = []
+        self.written: list[JaxprEqn] = []
         self._constants: list[JaxprEqn] = []
+        self.unclear: list[JaxprEqn] = []
+        self._with_given: set[Var] = set()
         self._pending: dict[Var, Output] = {}
         self._loops: tuple[int, ...] = ()
         known = {id(value) for value in given} if not self._by_example else set()
@@ -195,6 +200,8 @@ class Plan:
         """Find the layers of a program, given what its inputs are; returns what its outputs are."""
 
         def kind_of(atom):
+            if is_ref(atom):  # what is in it may be anything
+                return Kind(True, True)
             return Kind() if isinstance(atom, Literal) else kinds.get(atom, Kind())
 
         for eqn in jaxpr.eqns:
@@ -219,6 +226,13 @@ class Plan:
             return [anything]
         weights = tuple(i for i, k in enumerate(kinds) if k == WEIGHT)
         data = tuple(i for i, k in enumerate(kinds) if self._is_data(eqn, i, k, weights))
+        if name == "optimization_barrier":
+            for atom in eqn.invars:
+                self._settle(atom, eqn)
+            return kinds
+        self._take_for_weights(eqn, kinds)
+        if weights and any(map(is_ref, (*eqn.invars, *eqn.outvars))):
+            self.written.append(eqn)
         if name == "while" and weights:
             self.while_loops.append(eqn)
         if not weights or not data:
@@ -232,6 +246,23 @@ class Plan:
             deep = self._is_deep(eqn, kinds, data)
         self._add_layer(eqn, weights, data, deep, any(kinds[i].moves for i in data))
         return [Kind(True, True)] * len(eqn.outvars)
+
+    def _take_for_weights(self, eqn: JaxprEqn, kinds: Sequence[Kind]) -> None:
+        """Note a product that looks like one of two activations, and may be one with a weight.
+
+        An array that a parameter is added to or scaled with may be its data or its constant, where
+        it is not known in which arrays examples have entries of their own.
+        """
+        moving = [a for a, k in zip(eqn.invars, kinds, strict=True) if k == Kind(True, True)]
+        is_product = eqn.primitive.name in MATRICES
+        if is_product and len(moving) > 1 and not _has_batch(eqn):
+            lost = any(UNKNOWN in self.places(a).values() for a in moving)
+            if lost or not self._with_given.isdisjoint(moving):
+                self.unclear.append(eqn)
+        if any(k.moves for k in kinds) and any(k.data for k in kinds):
+            only = not is_product and self._with_given.issuperset(moving)
+            if only if moving else not self._by_example:
+                self._with_given.update(eqn.outvars)
 
     def _is_data(self, eqn: JaxprEqn, i: int, kind: Kind, weights: Sequence[int]) -> bool:
         """Whether an input of an equation is data to the weights that enter beside it."""
@@ -339,6 +370,11 @@ class Plan:
         return False
 
 
+def _has_batch(eqn: JaxprEqn) -> bool:
+    """Whether a product is one of matrices that belong to each other, as those of examples do."""
+    return eqn.primitive.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
+
+
 def _uses(jaxpr: Jaxpr) -> collections.Counter:
     """How often variables are used, in programs inside as well."""
     found = collections.Counter(a for a in jaxpr.outvars if isinstance(a, Var))
@@ -356,12 +392,15 @@ class _Order(Influence):
         super().__init__()
         self._layers, self._flow = layers, flow
 
+    def written(self, eqn: JaxprEqn) -> Sequence[Terms | None]:
+        """It may go into any layer."""
+        return [(v or frozenset()) | {LATER} for v in super().written(eqn)]
+
     def _equation(self, eqn: JaxprEqn, outs: Sequence[Terms | None]) -> Sequence[Terms | None]:
         layer = self._layers.get(id(eqn))
         if layer is None and eqn.primitive is not mark_p:
             return super()._equation(eqn, outs)
-        (everything, *_) = self.opaque(eqn, outs)
-        assert everything is not None
+        everything = self._joined(outs) or frozenset()
         if layer is None:
             return [(everything - {LATER}) | {MARKED}]
         later = (everything - {OPEN} if layer.needs_matrix else everything) | {LATER}

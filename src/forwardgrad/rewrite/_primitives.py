@@ -29,6 +29,8 @@ TRANSPARENT = "forwardgrad_transparent"
 
 CUSTOM_JVP, CUSTOM_VJP, SHARD_MAP = "custom_jvp_call", "custom_vjp_call", "shard_map"
 
+LINEAR_SOLVE = "custom_linear_solve"
+
 BRANCHES = ("cond", "while")
 
 NO_COLLECTIVES = ("axis_index", "pvary")
@@ -41,6 +43,9 @@ OF_ENTRIES = ("reduce", "reduce_window", *SCATTERS)
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 """Linear in each of two operands, and sums over entries of them."""
+
+MATRICES = (*PRODUCTS, LINEAR_SOLVE, "triangular_solve")
+"""Errors come back through them by a matrix, which may be made of either operand."""
 
 MERGED = ("add", "add_any", "sub", "mul", "div")
 """With a weight, they make one layer with the layer before them."""
@@ -107,6 +112,18 @@ def while_counts(eqn: JaxprEqn) -> tuple[int, int]:
 def line_of(eqn: JaxprEqn) -> str:
     """Where the user's code asked for an equation: `file:line (function)`."""
     return summarize(eqn.source_info)
+
+
+def is_ref(atom: Any) -> bool:
+    """Whether a variable is a `jax.Ref`: an array that equations change, and whose aliases are."""
+    return hasattr(atom.aval, "inner_aval")
+
+
+def is_lasting(effect: object) -> bool:
+    """Whether an effect is on anything but an array of the program's own, or a mesh's axis."""
+    kind = type(effect)
+    own = ("NamedAxisEffect", "InternalMutableArrayEffect")
+    return not (kind.__module__.endswith("state.types") or kind.__name__ in own)
 
 
 def shape_of(atom: Any) -> tuple[int, ...]:

@@ -26,9 +26,16 @@ from forwardgrad.rewrite._perturbed import (
     placed_like,
 )
 from forwardgrad.rewrite._plan import Plan
-from forwardgrad.rewrite._primitives import UNBATCHABLE, names, programs, shape_of
+from forwardgrad.rewrite._primitives import (
+    UNBATCHABLE,
+    is_lasting,
+    is_ref,
+    names,
+    programs,
+    shape_of,
+)
 from forwardgrad.rewrite._rows import Lookup, lookups
-from forwardgrad.rewrite._stages import Stage, after, is_lasting, stages
+from forwardgrad.rewrite._stages import Stage, after, stages
 from forwardgrad.rewrite._trace import inline, trace
 from forwardgrad.rewrite._walk import Roles, Sketch
 from forwardgrad.rewrite._workers import collectives
@@ -176,6 +183,12 @@ class Program:
     def has_effects(self) -> bool:
         """Whether it does anything but compute."""
         return any(map(is_lasting, self._closed.jaxpr.effects))
+
+    @property
+    def has_refs(self) -> bool:
+        """Whether it makes a `jax.Ref`, or uses one."""
+        jaxpr = self._closed.jaxpr
+        return any(is_ref(v) for eqn in jaxpr.eqns for v in (*eqn.invars, *eqn.outvars))
 
     @functools.cached_property
     def may_refuse_vmap(self) -> bool:

@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from forwardgrad._errors import InputError
 from forwardgrad.rewrite._flow import Influence
-from forwardgrad.rewrite._primitives import line_of
+from forwardgrad.rewrite._primitives import is_lasting, is_ref, line_of
 from forwardgrad.rewrite._trace import inline
 from forwardgrad.rewrite._workers import varying
 
@@ -45,12 +45,6 @@ class Stage:
                 f"{line_of(left[0])} would happen once for each tangent"
             )
         return jaxpr
-
-
-def is_lasting(effect: object) -> bool:
-    """Whether an effect is on anything but an array of the program's own, or a mesh's axis."""
-    kind = type(effect)
-    return not (kind.__module__.endswith("state.types") or kind.__name__ == "NamedAxisEffect")
 
 
 def stages(jaxpr: Jaxpr, influence: Influence) -> list[Stage]:
@@ -91,6 +85,8 @@ def _cuts(jaxpr: Jaxpr, influence: Influence) -> list[int]:
     crossed: set[int] = set()
     candidates = []
     for i, eqn in enumerate(jaxpr.eqns):
+        if any(map(is_ref, eqn.outvars)):  # who reads it, and when, is not followed
+            return []
         inputs = [v for v in _variables(eqn.invars) if v in moving]
         if eqn.primitive.name == "stop_gradient":
             candidates += [i] if inputs else []

@@ -20,6 +20,7 @@ from forwardgrad.rewrite._primitives import (
     INLINED,
     OPAQUE,
     TRANSPARENT,
+    is_lasting,
     line_of,
     names,
     programs,
@@ -56,7 +57,7 @@ def trace(fun: Callable[..., Any], *args: Any) -> ClosedJaxpr:
         ) from error
 
 
-def evaluate(eqn: JaxprEqn, invals: Sequence[Array]) -> list[jax.Array]:
+def evaluate(eqn: JaxprEqn, invals: Sequence[Array]) -> list[Array]:
     """The outputs of one equation at `invals`, as the program without us would compute them."""
     # An input that is used twice may have two values here: an array, and a weight without tangent.
     atoms = [atom if isinstance(atom, Literal) else _fresh(atom) for atom in eqn.invars]
@@ -123,8 +124,11 @@ class _Level:
         self.eqns: list[JaxprEqn] = []
         self.consts: dict[Var, Any] = {}
 
-    def run(self, closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-        """Add a program's equations; returns its outputs, given its inputs' new names."""
+    def run(self, closed: ClosedJaxpr, args: Sequence[Any], at: Any = None) -> list[Any]:
+        """Add a program's equations; returns its outputs, given its inputs' new names.
+
+        `at` is whence it is called: JAX's own functions have equations of no line of a user's.
+        """
         jaxpr = closed.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
         for v, const in zip(jaxpr.constvars, closed.consts, strict=True):
@@ -133,8 +137,11 @@ class _Level:
         read = lambda atom: atom if isinstance(atom, Literal) else env[atom]  # noqa: E731
         used = {a for e in jaxpr.eqns for a in e.invars if isinstance(a, Var)}
         used.update(a for a in jaxpr.outvars if isinstance(a, Var))
+        own = {} if at is None or any(map(line_of, jaxpr.eqns[:1])) else {"source_info": at}
         for eqn in jaxpr.eqns:
-            if self.pure and eqn.effects and used.isdisjoint(eqn.outvars) and not programs(eqn):
+            eqn = eqn.replace(**own)
+            lasts = any(map(is_lasting, eqn.effects))
+            if self.pure and lasts and used.isdisjoint(eqn.outvars) and not programs(eqn):
                 continue
             outs = self.equation(eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -146,9 +153,9 @@ class _Level:
         inner = programs(eqn)
         seen_through = name == CUSTOM_JVP and TRANSPARENT in names(inner[0].jaxpr)
         if name in INLINED or (seen_through and not self.forward):
-            return self.run(inner[0], args)
+            return self.run(inner[0], args, eqn.source_info)
         if name == CUSTOM_VJP and self.forward:
-            return self.run(pushed_forward(eqn), args)
+            return self.run(pushed_forward(eqn), args, eqn.source_info)
         if name == CUSTOM_JVP and self.twice:
             eqn = differentiable_again(eqn)
         outvars = [_fresh(v) for v in eqn.outvars]
