@@ -11,7 +11,7 @@ from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import AbstractEstimator, Objective
 from forwardgrad.estimators._scalars import words_of
 from forwardgrad.estimators._weight_perturbation import WeightPerturbation
-from forwardgrad.rewrite import varying_like
+from forwardgrad.rewrite import gathered, varying_like
 
 
 class WorkerTangents(AbstractEstimator):
@@ -95,9 +95,10 @@ class WorkerTangents(AbstractEstimator):
                 "have tangents of its own; use WeightPerturbation() there, with one key for all"
             )
         keys = jax.vmap(lambda worker: jax.random.fold_in(key, worker))(workers)
-        sent = (scalars.derivatives, scalars.rows)
-        derivatives, rows = jax.lax.all_gather(sent, self.axis_name, to="invarying")
         everyones = dataclasses.replace(
-            scalars, derivatives=derivatives, rows=rows, key=jax.vmap(words_of)(keys)
+            scalars,
+            derivatives=tuple(gathered(scalars.derivatives, self.axis_name)),
+            rows=jax.lax.all_gather(scalars.rows, self.axis_name, to="invarying"),
+            key=jax.vmap(words_of)(keys),
         )
         return (scalars.value, aux), self.estimator.apply_scalars(params, keys, everyones)

@@ -31,6 +31,7 @@ from forwardgrad.rewrite._trace import evaluate as evaluate
 from forwardgrad.rewrite._trace import is_inexact as is_inexact
 from forwardgrad.rewrite._walk import Walk as Walk
 from forwardgrad.rewrite._workers import check_typed as check_typed
+from forwardgrad.rewrite._workers import gathered as gathered
 from forwardgrad.rewrite._workers import key_of_worker as key_of_worker
 from forwardgrad.rewrite._workers import summed_change as summed_change
 from forwardgrad.rewrite._workers import summed_changes as summed_changes
@@ -63,6 +64,7 @@ __all__ = [
     "dense_layout",
     "evaluate",
     "factor_shape",
+    "gathered",
     "is_inexact",
     "key_of_worker",
     "line_of",

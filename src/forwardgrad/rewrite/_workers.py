@@ -4,7 +4,7 @@ What a worker computes may reach the losses of others by a collective. Each has 
 apart, and to know how the losses of all change.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -72,17 +72,33 @@ def summed_changes(
     changes: Sequence[jax.Array], likes: Sequence[jax.Array], axes: frozenset[str]
 ) -> list[jax.Array]:
     """`summed_change` of several changes of one shape, those along the same axes at once."""
-    found = list(changes)
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for i, (change, like) in enumerate(zip(changes, likes, strict=True)):
-        groups.setdefault(_summed_over(change, like, axes), []).append(i)
-    for names, members in groups.items():
-        if names:
-            # One message costs as much time as another.
-            together = jax.lax.psum(jnp.stack([changes[i] for i in members]), names)
-            for row, i in enumerate(members):
-                found[i] = together[row]
-    return found
+    names = [_summed_over(change, like, axes) for change, like in zip(changes, likes, strict=True)]
+    return _together(changes, names, lambda a, names: jax.lax.psum(a, names) if names else a)
+
+
+def gathered(arrays: Sequence[jax.Array], axis: str) -> list[jax.Array]:
+    """Arrays of one shape of all workers along an axis, stacked, the same for all of these."""
+
+    def gather(stacked, own):
+        del own
+        return jnp.swapaxes(jax.lax.all_gather(stacked, axis, to="invarying"), 0, 1)
+
+    return _together(arrays, [tuple(sorted(varying(a))) for a in arrays], gather)
+
+
+def _together(
+    arrays: Sequence[jax.Array],
+    names: Sequence[tuple[str, ...]],
+    send: Callable[[jax.Array, tuple[str, ...]], jax.Array],
+) -> list[jax.Array]:
+    """What `send(array, names)` makes of each array, those with the same names in one message."""
+    found: dict[int, jax.Array] = {}
+    # In one order on all workers, which would wait for each other.
+    for group in dict.fromkeys(names):
+        members = [i for i, own in enumerate(names) if own == group]
+        stacked = jnp.stack([arrays[i] for i in members])
+        found.update(zip(members, send(stacked, group), strict=True))
+    return [found[i] for i in range(len(arrays))]
 
 
 def _summed_over(change: jax.Array, like: jax.Array, axes: frozenset[str]) -> tuple[str, ...]:
