@@ -30,8 +30,9 @@ __all__ = [
 ]
 
 Image = Float[Array, "height width channels"]
+Images = Float[Array, "batch height width channels"]
 Change = Callable[[Array, Array], Any]
-"""Of an image with channels first, and a key."""
+"""Of an image, and a key."""
 
 _LARGE = 64
 _ASPECT = 4 / 3
@@ -82,11 +83,7 @@ class Chain(AbstractAugmentation):
         return image
 
 
-def augment(
-    augmentation: AbstractAugmentation,
-    images: Float[Array, "batch height width channels"],
-    key: Key[Array, ""],
-) -> Float[Array, "batch height width channels"]:
+def augment(augmentation: AbstractAugmentation, images: Images, key: Key[Array, ""]) -> Images:
     """Change every image of a batch, each with a key of its own.
 
     **Arguments:**
@@ -109,9 +106,7 @@ def augment(
     return jax.vmap(lambda image, key: augmentation(image, key=key))(images, keys)
 
 
-def _sometimes(
-    probability: float, change: Callable[[Image, Array], Image], image: Image, key: Array
-) -> Image:
+def _sometimes(probability: float, change: Change, image: Image, key: Array) -> Image:
     """`change(image, key)` with a probability, else the image.
 
     Under `vmap` both are computed and one is selected, so the cases 0 and 1 are told apart before.
@@ -280,20 +275,14 @@ class ColorJitter(AbstractAugmentation):
 
     def _changes(self, channels: int) -> list[Change]:
         b, c, s, h = self.brightness, self.contrast, self.saturation, self.hue
-        changes: list[Change] = []
-        if b > 0:
-            changes.append(lambda x, key: dm_pix.random_brightness(key, x, b))
-        if c > 0:
-            changes.append(
-                lambda x, key: dm_pix.random_contrast(key, x, 1 - c, 1 + c, channel_axis=-3)
-            )
-        if s > 0 and channels == 3:
-            changes.append(
-                lambda x, key: dm_pix.random_saturation(key, x, 1 - s, 1 + s, channel_axis=-3)
-            )
-        if h > 0 and channels == 3:
-            changes.append(lambda x, key: dm_pix.random_hue(key, x, h, channel_axis=-3))
-        return changes
+        colours, first = channels == 3, {"channel_axis": -3}
+        changes: list[tuple[float, Change]] = [
+            (b, lambda x, key: dm_pix.random_brightness(key, x, b)),
+            (c, lambda x, key: dm_pix.random_contrast(key, x, 1 - c, 1 + c, **first)),
+            (colours * s, lambda x, key: dm_pix.random_saturation(key, x, 1 - s, 1 + s, **first)),
+            (colours * h, lambda x, key: dm_pix.random_hue(key, x, h, **first)),
+        ]
+        return [change for strength, change in changes if strength > 0]
 
 
 def _in_random_order(changes: list[Change], image: Image, key: Array) -> Image:
@@ -392,9 +381,7 @@ class GaussianBlur(AbstractAugmentation):
         return _sometimes(probability, self._blur, image, key)
 
     def _blur(self, image: Image, key: Array) -> Image:
-        sigma = jax.random.uniform(
-            key, (), image.dtype, minval=self.least_sigma, maxval=self.most_sigma
-        )
+        sigma = jax.random.uniform(key, (), image.dtype, self.least_sigma, self.most_sigma)
         rows, columns = (_means(side, sigma) for side in image.shape[:2])
         out = jnp.einsum("ih,hwc,jw->ijc", rows, image, columns, precision="highest")
         return jnp.clip(out, 0, 1)
@@ -414,15 +401,8 @@ def _simclr(
     _check_range("jitter", jitter)
     _check_range("blur", blur)
     strong, weak = 0.8 * jitter, 0.2 * jitter
-    return Chain(
-        (
-            RandomResizedCrop(least_area),
-            RandomFlip(),
-            ColorJitter(strong, strong, strong, weak),
-            RandomGrayscale(),
-            GaussianBlur(blur),
-        )
-    )
+    colours = (ColorJitter(strong, strong, strong, weak), RandomGrayscale())
+    return Chain((RandomResizedCrop(least_area), RandomFlip(), *colours, GaussianBlur(blur)))
 
 
 AUGMENTATIONS: dict[str, Callable[..., AbstractAugmentation]] = {
