@@ -33,7 +33,7 @@ from forwardgrad.experiments import _scaling as scaling
 from forwardgrad.experiments import _toy as toy
 from forwardgrad.experiments._experiment import read_out
 from forwardgrad.networks import SIZES
-from forwardgrad.results import CurveCell, Grid, TableCell, csv, over_seeds, read, without_none
+from forwardgrad.results import CurveCell, Grid, TableCell, csv, read, without_none
 from forwardgrad.training import _batches
 
 
@@ -64,9 +64,10 @@ def test_toy_functions_have_their_minimum(name, minimum):
     assert function(jnp.array(minimum) + 0.1) > 0
 
 
-def test_toy(tmp_path):
+def test_toy(tmp_path, monkeypatch):
     chosen = options("toy", out=tmp_path, iterations=300, runs=3, repeats=1)
-    results = run("toy", chosen)["results"]
+    stored = run("toy", chosen)
+    results = {cell["function"]: cell["methods"] for cell in stored["cells"]}
     assert set(results) == {"beale", "rosenbrock"}
     for name, methods in results.items():
         problem = toy.PROBLEMS[name]
@@ -81,35 +82,36 @@ def test_toy(tmp_path):
         for method in methods.values():
             assert method["seconds_per_step"] > 0
             assert all(losses[-1] < 0.5 * losses[0] for losses in method["losses"])
+    monkeypatch.setattr(toy, "interleave", None)
+    assert run("toy", chosen)["cells"] == stored["cells"], "it is not done again"
 
 
 def test_scaling(tmp_path, monkeypatch):
     small = {"out": tmp_path, "width": 16, "repeats": 2, "batch_sizes": (4,)}
     first = run("scaling", options("scaling", depths=(1, 3), **small))
-    for cell in first["cells"].values():
+    for cell in first["cells"]:
         assert set(cell["methods"]) == set(scaling.METHODS)
         for row in cell["methods"].values():
             assert len(row["seconds"]) == 2
             assert row["temp_bytes"] > 0
 
     measured = []
-    measure = scaling._measure
     monkeypatch.setattr(
-        scaling, "_measure", lambda *args: measured.append(args[:2]) or measure(*args)
+        scaling, "mlp_problem", lambda *args: measured.append(args) or mlp_problem(*args)
     )
     second = run("scaling", options("scaling", depths=(1, 2, 3), **small))
-    assert measured == [(2, 4)]
-    assert len(second["cells"]) == 3
-    assert {k: second["cells"][k] for k in first["cells"]} == first["cells"]
+    assert measured == [(2, 4, 16)]
+    assert [cell["depth"] for cell in second["cells"]] == [1, 3, 2]
+    assert second["cells"][:2] == first["cells"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("width", 32), ("repeats", 3)])
 def test_scaling_refuses_the_results_of_other_settings(tmp_path, name, value):
     chosen = options("scaling", out=tmp_path, width=16, repeats=2, depths=(1,), batch_sizes=(4,))
-    scaling.run_scaling(chosen)
+    EXPERIMENTS["scaling"].run(chosen)
     before = (tmp_path / "scaling.json").read_bytes()
     with pytest.raises(InputError, match=f"holds results for {name} .* pass another --out"):
-        scaling.run_scaling(dataclasses.replace(chosen, **{name: value}))
+        EXPERIMENTS["scaling"].run(dataclasses.replace(chosen, **{name: value}))
     assert (tmp_path / "scaling.json").read_bytes() == before
 
 
@@ -207,7 +209,7 @@ def test_mnist_table_is_mean_and_deviation_over_seeds():
             ((1.0, 0.1, 5.0), (3.0, 0.3, 7.0), (5.0, 0.5, 60.0))
         )
     ]
-    (row,) = mnist._present("mnist-mlp", over_seeds(cells)).rows
+    (row,) = mnist._present("mnist-mlp", cells).rows
     assert row["test_error_mean"] == 3.0
     assert row["test_error_std"] == pytest.approx((8 / 3) ** 0.5, abs=1e-4)
     assert row["loss_mean"] == pytest.approx(0.3)
@@ -330,7 +332,7 @@ def test_table3_rows_are_means_beside_the_papers_numbers():
         for name, errors in (("lg-fg-a", (2.0,)), ("bp", (1.0, 3.0)))
         for i, error in enumerate(errors)
     ]
-    presented = EXPERIMENTS["table3"].cells.present(over_seeds(cells))
+    presented = EXPERIMENTS["table3"].cells.present(cells)
     bp, fg_a = presented.rows
     assert (bp["test_error_mean"], bp["test_error_std"], bp["paper"]) == (2.0, 1.0, 2.41)
     assert (fg_a["seeds"], fg_a["test_error_mean"], fg_a["paper"]) == (1, 2.0, 2.55)
@@ -352,7 +354,7 @@ def test_stored_results_are_presented_as_they_were(name, tmp_path):
     stored = json.loads(path.read_text())
     assert [without_none(cell) for cell in grid.cells] == stored["cells"]
     assert as_options(grid.options).items() >= stored["options"].items()
-    presented = experiment.cells.present(over_seeds(grid.cells))
+    presented = experiment.cells.present(grid.cells)
     assert presented.rows == stored["table"]
     assert presented.text == path.with_suffix(".md").read_text()
     if name != "ablation":
@@ -364,12 +366,30 @@ def test_stored_curves_are_read(network):
     experiment = EXPERIMENTS[f"mnist-{network}"]
     path = RESULTS / experiment.name / f"{experiment.name}.json"
     grid = read(path, Grid[experiment.cells.kind, experiment.options])
-    assert experiment.cells.present(over_seeds(grid.cells)).rows[0]["seeds"] == 5
+    assert experiment.cells.present(grid.cells).rows[0]["seeds"] == 5
 
 
-def test_stored_costs_are_read():
-    found = read(RESULTS / "scaling" / "scaling.json", scaling.Scaling)
-    assert len(found.cells) == 18
+@pytest.mark.parametrize(("name", "count"), [("toy", 2), ("scaling", 18), ("variance", 4)])
+def test_stored_measurements_are_read(name, count):
+    experiment, path = EXPERIMENTS[name], RESULTS / name / f"{name}.json"
+    grid, stored = read(path, Grid[experiment.cells.kind, experiment.options]), path.read_text()
+    assert len(grid.cells) == count
+    assert (
+        json.loads(json.dumps(list(map(dataclasses.asdict, grid.cells))))
+        == (json.loads(stored)["cells"])
+    )
+    presented = experiment.cells.present(grid.cells)
+    assert list(presented.rows) == json.loads(stored)["table"]
+    if presented.text:
+        assert presented.text == path.with_suffix(".md").read_text()
+
+
+def test_the_folders_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"width": 4, "repeats": 1, "depths": (1,), "batch_sizes": (4,)}
+    out = EXPERIMENTS["scaling"].run(options("scaling", **small))
+    assert out == Path("runs/reproduce/scaling")
+    assert (out / "scaling.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -394,7 +414,7 @@ def test_variance(tmp_path):
         **{"dataset": "digits", "network": "s/1/1", "algorithms": ("fg-w", "fg-a")},
         **{"samples": 40, "batch_size": 8, "out": tmp_path},
     )
-    rows = run("variance", chosen)["rows"]
+    rows = run("variance", chosen)["table"]
     assert [row["algorithm"] for row in rows] == ["fg-w"] * 5 + ["fg-a"] * 5
     assert [row["layer"] for row in rows[4::5]] == ["all", "all"]
     for row in rows:

@@ -87,7 +87,7 @@ def store_run(folder, *, end="finished", epochs=3, error=5.0, extra=None, **sett
 
 
 def table3_places(selectors, algorithms, seeds):
-    columns = [column.name for name in selectors for column in TABLE3_COLUMNS[name]]
+    columns = [column for name in selectors for column in TABLE3_COLUMNS[name]]
     return places(columns, algorithms, range(seeds))
 
 

@@ -11,23 +11,22 @@ local loss lowers it.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from matplotlib.figure import Figure
 
-from forwardgrad._errors import unknown_name
 from forwardgrad.experiments._experiment import (
-    CellOptions,
     Cells,
+    Experiment,
     Job,
-    Means,
     Presented,
-    of_cells,
+    RunOptions,
+    check_names,
+    run_config,
 )
-from forwardgrad.results import AblationCell, Mean, markdown
-from forwardgrad.training import TrainConfig
+from forwardgrad.results import AblationCell, Mean, Place, Table, over_seeds
+from forwardgrad.results._figures import panels
 from forwardgrad.training._config import Optimizer, Task
 
 SETTINGS: dict[str, tuple[str, str]] = {
@@ -38,24 +37,20 @@ SETTINGS: dict[str, tuple[str, str]] = {
 }
 """Data set, and size and patches of the networks."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "all local losses": {},
-    "not by block": {"blockwise": False},
-    "not by patch": {"patchwise": False},
-    "not by group": {"groupwise": False},
-    "not by patch or group": {"patchwise": False, "groupwise": False},
+LINES: dict[str, dict[str, Any]] = {
+    "all local losses": {"algorithm": "lg-fg-a"},
+    "not by block": {"algorithm": "lg-fg-a", "blockwise": False},
+    "not by patch": {"algorithm": "lg-fg-a", "patchwise": False},
+    "not by group": {"algorithm": "lg-fg-a", "groupwise": False},
+    "not by patch or group": {"algorithm": "lg-fg-a", "patchwise": False, "groupwise": False},
     "global loss": {"algorithm": "fg-a"},
+    "backpropagation": {"algorithm": "bp"},
 }
-"""What is left out."""
-
-BACKPROP = "backpropagation"
-"""A line to compare with: exact gradients of the global loss."""
-
-LINES = {**VARIANTS, BACKPROP: {"algorithm": "bp"}}
+"""What is left out; last, exact gradients of the global loss, to compare with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AblationOptions(CellOptions):
+class AblationOptions(RunOptions):
     """Settings of `reproduce ablation`."""
 
     settings: tuple[str, ...] = ("mnist", "cifar10")
@@ -66,7 +61,6 @@ class AblationOptions(CellOptions):
     """Numbers of channel groups."""
     variants: tuple[str, ...] = tuple(LINES)
     """Which losses are left out, one line each; backpropagation to compare with."""
-    out: Path = Path("runs/reproduce/ablation")
     epochs: int = 3
     """Passes over the training set."""
     iterations: int | None = None
@@ -83,99 +77,51 @@ class AblationOptions(CellOptions):
 
 def _plan(options: AblationOptions) -> Iterator[Job]:
     """Seed by seed: the figure is complete early, and gets more exact."""
-    tasks = get_args(Task)
-    for field, names in (("settings", SETTINGS), ("tasks", tasks), ("variants", LINES)):
-        for name in getattr(options, field):
-            if name not in names:
-                raise unknown_name(field.removesuffix("s"), name, names)
+    check_names("setting", options.settings, SETTINGS)
+    check_names("task", options.tasks, get_args(Task))
+    check_names("variant", options.variants, LINES)
     parts = (options.tasks, options.settings, options.variants, options.groups)
-    for seed in range(options.seeds):
-        for place in itertools.product(*parts):
-            yield _job(options, seed, *place)
+    for seed, task, setting, variant, groups in itertools.product(range(options.seeds), *parts):
+        place = {"task": task, "setting": setting, "variant": variant, "groups": groups}
+        dataset, size = SETTINGS[setting]
+        what = {"task": task, "dataset": dataset, "network": f"{size}/{groups}", "seed": seed}
+        yield Job(place, seed, run_config(options, **{**what, **LINES[variant]}))
 
 
-def _job(
-    options: AblationOptions, seed: int, task: Task, setting: str, variant: str, groups: int
-) -> Job:
-    dataset, size = SETTINGS[setting]
-    folder = f"{task}-{setting}-{variant.replace(' ', '-')}-{groups}-{seed}"
-    algorithm = {"algorithm": "lg-fg-a", "tangents": options.tangents, **LINES[variant]}
-    config = TrainConfig(
-        task=task,
-        dataset=dataset,
-        network=f"{size}/{groups}",
-        seed=seed,
-        epochs=options.epochs,
-        iterations=options.iterations,
-        batch_size=options.batch_size,
-        optimizer=options.optimizer,
-        learning_rate=options.learning_rate,
-        out=options.out / "runs" / folder,
-        data_dir=options.data_dir,
-        **algorithm,
-    )
-    return Job({"task": task, "setting": setting, "variant": variant, "groups": groups}, config)
-
-
-Panel = dict[tuple[str, int], Mean[AblationCell]]
-"""Means by variant and number of groups."""
-
-
-def _present(means: Means) -> Presented:
+def _present(cells: Sequence[AblationCell]) -> Presented:
     """A table and a picture for each task and setting: a row a variant, a column a number."""
-    panels: dict[str, Panel] = {}
-    for mean in means.values():
+    found: dict[str, dict[Place, Mean[AblationCell]]] = {}
+    for mean in over_seeds(sorted(cells, key=lambda cell: cell.groups)).values():
         cell = mean.cells[0]
         title = "{}, {}/groups, {}".format(*SETTINGS[cell.setting], cell.task)
-        panels.setdefault(title, {})[cell.variant, cell.groups] = mean
-    text = "\n".join(f"**{title}**\n\n{_text(panel)}" for title, panel in panels.items())
-    return Presented([mean.row for mean in means.values()], text, _figure(panels))
+        found.setdefault(title, {})[Place(str(cell.groups), (cell.variant,))] = mean
+    tables = {title: Table(means, {}) for title, means in found.items()}
+    texts = [f"**{title}**\n\n{t.text('groups', _lines(t))}" for title, t in tables.items()]
+    rows = [mean.row for mean in over_seeds(cells).values()]
+    return Presented(_figure(tables), rows, "\n".join(texts))
 
 
-def _axes(panel: Panel) -> tuple[list[str], list[int]]:
-    """The variants and the numbers of groups that there are."""
-    variants, groups = (set(each) for each in zip(*panel, strict=True))
-    return [name for name in LINES if name in variants], sorted(groups)
+def _lines(table: Table) -> list[str]:
+    stored = {place.row for place in table.means}
+    return [name for name in LINES if (name,) in stored]
 
 
-def _text(panel: Panel) -> str:
-    variants, groups = _axes(panel)
-    rows = [
-        [name, *(panel[name, g].text if (name, g) in panel else "" for g in groups)]
-        for name in variants
-    ]
-    return markdown(["groups", *map(str, groups)], rows)
-
-
-def _figure(panels: Mapping[str, Panel]) -> Figure:
-    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    every = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, panel) in zip(every, panels.items(), strict=True):
-        variants, groups = _axes(panel)
-        for name in variants:
-            own = [(g, panel[name, g]) for g in groups if (name, g) in panel]
-            errors, spreads = ([getattr(m, k) for _, m in own] for k in ("error", "spread"))
-            style = {"marker": ".", "capsize": 2, "label": name, **_STYLES[name]}
-            axes.errorbar([g for g, _ in own], errors, yerr=spreads, **style)
+def _figure(tables: Mapping[str, Table]) -> Figure:
+    figure, every = panels(1, len(tables), size=(5.5 * len(tables), 4.2))
+    for axes, (title, table) in zip(every[0], tables.items(), strict=True):
+        for name in _lines(table):
+            own = {int(p.column): mean for p, mean in table.means.items() if p.row == (name,)}
+            errors, spreads = ([getattr(m, k) for m in own.values()] for k in ("error", "spread"))
+            style = {"color": f"C{list(LINES).index(name)}", "marker": ".", "capsize": 2}
+            axes.errorbar(list(own), errors, yerr=spreads, label=name, **style)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(groups, [str(g) for g in groups])
+        axes.set_xticks(list(map(int, table.columns)), table.columns)
         axes.set(xlabel="channel groups", ylabel="test error (%)", title=title)
-        axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     return figure
 
 
-_STYLES: dict[str, dict[str, Any]] = {
-    "all local losses": {"color": "tab:red", "linewidth": 2.2},
-    "not by block": {"color": "tab:purple"},
-    "not by patch": {"color": "tab:orange"},
-    "not by group": {"color": "tab:green"},
-    "not by patch or group": {"color": "tab:olive"},
-    "global loss": {"color": "tab:gray", "linestyle": "--"},
-    BACKPROP: {"color": "tab:blue", "linestyle": ":"},
-}
-
-ABLATION = of_cells(
+ABLATION = Experiment(
     "ablation",
     "what losses by block, patch and group each bring",
     AblationOptions,

@@ -4,23 +4,21 @@ Command: `forwardgrad diagnose`. Half a minute for three algorithms on m/1/16 an
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from forwardgrad._diagnose import diagnose
 from forwardgrad._diagnosis import Diagnosis, DiagnosisRow
 from forwardgrad._errors import InputError
 from forwardgrad._provenance import provenance
-from forwardgrad.results import save, write
-from forwardgrad.training import TrainConfig, load_run, problem, resolve
+from forwardgrad.results import look, save, write
+from forwardgrad.results._figures import panels
+from forwardgrad.training import Problem, TrainConfig, load_run, problem, resolve
 from forwardgrad.training._config import Task
 
 BATCH_SIZE = 128
@@ -71,7 +69,10 @@ def run_diagnose(options: DiagnoseOptions) -> dict[str, Diagnosis]:
     """
     base, network = _settings(options)
     configs = [_with_algorithm(base, name) for name in options.algorithms or [base.algorithm]]
-    diagnoses = {config.algorithm: _diagnosis(config, network, options) for config in configs}
+    diagnoses = {
+        config.algorithm: diagnosis_of(problem(config, network), config.seed, options.samples)
+        for config in configs
+    }
     entries = [
         {
             "algorithm": config.algorithm,
@@ -114,72 +115,46 @@ def _with_algorithm(config: TrainConfig, name: str) -> TrainConfig:
     return resolve(dataclasses.replace(config, algorithm=name))
 
 
-def _diagnosis(
-    config: TrainConfig, network: eqx.Module | None, options: DiagnoseOptions
-) -> Diagnosis:
-    step = problem(config, network)
+def diagnosis_of(step: Problem, seed: int, samples: int) -> Diagnosis:
+    """How good the gradients of a training step are."""
     # A key apart from those that the run itself draws from.
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    arguments = {"key": key, "samples": options.samples, "has_aux": True}
-    return diagnose(step.loss, step.estimator, step.params, *step.batch, **arguments)
-
-
-Points = Callable[[DiagnosisRow], tuple[float, float, float] | None]
-"""A number of a row between the ends of its error bar, or None."""
+    arguments = {"key": jax.random.fold_in(jax.random.key(seed), 1), "has_aux": True}
+    return diagnose(
+        step.loss, step.estimator, step.params, *step.batch, samples=samples, **arguments
+    )
 
 
 def plot_diagnoses(diagnoses: Mapping[str, Diagnosis], title: str) -> Figure:
-    """Cosine, relative variance and bias of every layer, a colour an algorithm."""
+    """Cosine, relative variance and bias of every layer, a colour and a mark an algorithm."""
     names = [row.name for row in next(iter(diagnoses.values())).rows]
     height = 1.5 + len(names) * (0.2 + 0.11 * len(diagnoses))
-    figure = Figure(figsize=(13, height), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for place, (name, diagnosis) in enumerate(diagnoses.items()):
-        offset = 0.7 * ((place + 0.5) / len(diagnoses) - 0.5)
-        for axes, points in zip(panels, (_cosine, _variance, _bias), strict=True):
-            _draw(axes, diagnosis, points, offset, label=name, color=f"C{place}")
-    cosine, variance, bias = panels
+    figure, (axes,) = panels(1, 3, size=(13, height), sharey=True)
+    cosine, variance, bias = axes
+    for i, (name, diagnosis) in enumerate(diagnoses.items()):
+        places = np.arange(len(names)) + 0.7 * ((i + 0.5) / len(diagnoses) - 0.5)
+        color, _, marker = look(name)
+        style = {"fmt": marker, "ms": 4, "capsize": 2, "color": color, "label": name}
+        intervals = np.array([_intervals(row) for row in diagnosis.rows], float)
+        for each, (low, middle, high) in zip(axes, intervals.transpose(1, 2, 0), strict=True):
+            each.errorbar(middle, places, xerr=(middle - low, high - middle), **style)
     cosine.set(xlabel="cosine with the exact gradient, mean over estimates", xlim=(None, 1.05))
+    cosine.set_yticks(range(len(names)), names)
+    cosine.invert_yaxis()
     variance.set(xlabel="variance / ‖exact gradient‖²")
-    if any(_variance(row) for diagnosis in diagnoses.values() for row in diagnosis.rows):
+    if any(row.variance for diagnosis in diagnoses.values() for row in diagnosis.rows):
         variance.set_xscale("log")
     bias.set(xlabel="bias / ‖exact gradient‖")
     bias.set_xscale("symlog", linthresh=0.01)
     bias.set_xlim(left=-1e-3)
-    cosine.set_yticks(range(len(names)), names)
-    cosine.invert_yaxis()
     figure.legend(*cosine.get_legend_handles_labels(), loc="outside right upper")
-    for axes in panels:
-        axes.grid(alpha=0.3)
     figure.suptitle(f"{title}; error bars are two standard errors")
     return figure
 
 
-def _draw(axes: Axes, diagnosis: Diagnosis, points: Points, offset: float, **style: Any) -> None:
-    found = [(i + offset, points(row)) for i, row in enumerate(diagnosis.rows)]
-    places = [place for place, point in found if point]
-    low, middle, high = np.reshape([point for _, point in found if point], (-1, 3)).T
-    ends = np.maximum([middle - low, high - middle], 0)
-    axes.errorbar(middle, places, xerr=ends, fmt="o", ms=4, capsize=2, **style)
-
-
-def _cosine(row: DiagnosisRow) -> tuple[float, float, float] | None:
-    if row.cosine is None or row.cosine_error is None:
-        return None
-    return row.cosine - 2 * row.cosine_error, row.cosine, row.cosine + 2 * row.cosine_error
-
-
-def _variance(row: DiagnosisRow) -> tuple[float, float, float] | None:
-    if not row.relative_variance:
-        return None
-    error = row.relative_variance * row.variance_error / row.variance
-    least = max(row.relative_variance - 2 * error, row.relative_variance / 10)
-    return least, row.relative_variance, row.relative_variance + 2 * error
-
-
-def _bias(row: DiagnosisRow) -> tuple[float, float, float] | None:
-    if not row.norm:
-        return None
-    squares = (row.bias_squared + k * row.bias_squared_error for k in (-2, 0, 2))
-    low, middle, high = (math.sqrt(max(square, 0.0)) / row.norm for square in squares)
-    return low, middle, high
+def _intervals(row: DiagnosisRow) -> list[np.ndarray]:
+    """Cosine, relative variance and bias, each between the ends of its error bar; NaN for none."""
+    norm, ends = row.norm or np.nan, np.array([-2, 0, 2])
+    cosine = np.nan if row.cosine is None else row.cosine + ends * (row.cosine_error or 0)
+    variance = row.variance + ends * row.variance_error if row.variance else np.nan
+    bias = np.maximum(row.bias_squared + ends * row.bias_squared_error, 0) ** 0.5
+    return [part * np.ones(3) for part in (cosine, variance / norm**2, bias / norm)]

@@ -1,33 +1,22 @@
-"""What an experiment is; and one that is made of cells, each a run of `forwardgrad train`."""
+"""What an experiment is: cells, each made and stored on its own, and how they are presented."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from os.path import lexists
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from forwardgrad import results
 from forwardgrad._console import Console
-from forwardgrad._errors import InputError
+from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._files import write_text
 from forwardgrad._provenance import provenance
-from forwardgrad.results import (
-    MOST_SEEDS,
-    Cell,
-    Grid,
-    Mean,
-    Place,
-    Readout,
-    csv,
-    fields,
-    over_seeds,
-    read,
-    save,
-    without_none,
-    write,
-)
+from forwardgrad.results import MOST_SEEDS, Grid, Place, Readout
+from forwardgrad.results._records import AbstractCell
 from forwardgrad.training import Run, TrainConfig, fit, fit_readout, readout_file
 
 MOST_CELLS = 20_000
@@ -35,11 +24,17 @@ MOST_CELLS = 20_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CellOptions:
-    """Settings that all experiments made of cells have."""
+class Options:
+    """Settings that all experiments have."""
 
-    out: Path
-    """Folder of the results."""
+    out: Path | None = None
+    """Folder of the results. Default: runs/reproduce/NAME, or runs/compare."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """Settings of experiments whose cells are runs of `forwardgrad train`."""
+
     data_dir: Path | None = None
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
     seeds: int = 3
@@ -47,58 +42,67 @@ class CellOptions:
 
 
 class Job(NamedTuple):
-    """A cell to be made: the fields that tell its place, and the run's settings."""
+    """A cell to be made: the fields that tell its place, its seed, and the settings of its run."""
 
     place: Mapping[str, Any]
-    config: TrainConfig
+    seed: int = 0
+    config: TrainConfig | None = None
 
 
-Means = Mapping[Place, Mean[Any]]
+class Presented(NamedTuple):
+    """What is made of the cells: a figure; a table to be stored, and as Markdown."""
+
+    figure: Figure
+    rows: Sequence[Mapping[str, Any]] = ()
+    text: str = ""
 
 
-def trained(run: Run, options: Any) -> dict[str, Any]:
-    """What a run ended with, and its settings, as fields of a cell.
+def run_config(options: Any, **settings: Any) -> TrainConfig:
+    """The settings of a run: these, and of the options those that `forwardgrad train` has too."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    shared = {name: value for name, value in results.fields(options).items() if name in names}
+    return TrainConfig(**{**shared, **settings})
 
-    A contrastive run's errors are those of a readout that is fitted afterwards; that of the run's
-    own readout is the `online_error`.
-    """
-    end = run.result
-    fields = {
-        **{name: getattr(end, name) for name in _OF_THE_RESULT},
-        **{name: getattr(run.config, name) for name in _SETTINGS},
-    }
-    if run.config.task == "contrastive":
-        readout = read_out(run.folder, options)
-        fields |= {"online_error": end.test_error, **readout}
-    return fields
+
+def trained(job: Job, options: Any, console: Console) -> Run:
+    """The run of a cell, in a folder of its own: trained, or what is missing of it."""
+    assert job.config is not None
+    folder = run_folder(options, job.place, job.seed)
+    return fit(dataclasses.replace(job.config, out=folder, resume=True), console=console)
+
+
+def run_folder(options: Any, place: Mapping[str, Any], seed: int) -> Path:
+    """Where the run of a cell is."""
+    name = "-".join(map(str, (*place.values(), seed)))
+    return options.out / "runs" / re.sub("[ /]", "-", name)
 
 
 _OF_THE_RESULT = ("test_error", "train_error", "train_loss", "parameters", "seconds", "date")
 _SETTINGS = ("learning_rate", "momentum", "tangents", "exact_last")
 
 
+def run_job(job: Job, options: Any, console: Console) -> dict[str, Any]:
+    """Train, and return what the run ended with, and its settings, as fields of a cell.
+
+    A contrastive run's errors are those of a readout that is fitted afterwards; that of the run's
+    own readout is the `online_error`.
+    """
+    run = trained(job, options, console)
+    end = {name: getattr(run.result, name) for name in _OF_THE_RESULT}
+    end |= {name: getattr(run.config, name) for name in _SETTINGS}
+    if run.config.task == "contrastive":
+        end |= {"online_error": end["test_error"], **read_out(run.folder, options)}
+    return end
+
+
 def read_out(folder: Path, options: Any, *, untrained: bool = False) -> dict[str, float]:
     """The errors of a readout of a run's features, fitted unless that is stored."""
     path, examples = folder / readout_file(untrained), getattr(options, "examples", None)
-    stored = read(path, Readout) if lexists(path) else None
+    stored = results.read(path, Readout) if lexists(path) else None
     if stored is None or stored.limit != examples:
         settings = {"examples": examples, "untrained": untrained, "data_dir": options.data_dir}
         stored = fit_readout(folder, **settings)
     return {"test_error": stored.test_error, "train_error": stored.train_error}
-
-
-def run_job(job: Job, options: Any, console: Console) -> dict[str, Any]:
-    """Train, or what is missing of it."""
-    run = fit(dataclasses.replace(job.config, resume=True), console=console)
-    return trained(run, options)
-
-
-class Presented(NamedTuple):
-    """What is made of the means over seeds: rows to be stored, a Markdown table, a figure."""
-
-    rows: list[dict[str, Any]]
-    text: str
-    figure: Figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,13 +110,13 @@ class Cells:
     """An experiment's cells, and how they are presented.
 
     `plan` lists them in the order in which they are made, by `make`. All that are stored share the
-    options `same`. What the report needs: a title, what is tabulated, which of the option `columns`
-    asks for a column, and the paper's errors.
+    options `same`. What the report needs of a table: a title, what is tabulated, which of the
+    option `columns` asks for a column, and the paper's errors.
     """
 
-    kind: type[Cell]
+    kind: type[AbstractCell]
     plan: Callable[[Any], Iterator[Job]]
-    present: Callable[[Means], Presented]
+    present: Callable[[Sequence[Any]], Presented]
     same: tuple[str, ...]
     make: Callable[[Job, Any, Console], dict[str, Any]] = run_job
     title: str = ""
@@ -127,9 +131,10 @@ class Cells:
 
         `InputError` if an option is none that the experiment can have.
         """
-        if not 1 <= options.seeds <= MOST_SEEDS:
-            bound = "least 1" if options.seeds < 1 else f"most {MOST_SEEDS}"
-            raise InputError(f"seeds must be at {bound}, got {options.seeds}")
+        seeds = getattr(options, "seeds", 1)
+        if not 1 <= seeds <= MOST_SEEDS:
+            bound = "least 1" if seeds < 1 else f"most {MOST_SEEDS}"
+            raise InputError(f"seeds must be at {bound}, got {seeds}")
         jobs = list(itertools.islice(self.plan(options), MOST_CELLS + 1))
         if len(jobs) > MOST_CELLS:
             raise InputError(f"the options ask for more than {MOST_CELLS} cells")
@@ -146,76 +151,81 @@ class Experiment:
     """One line."""
     options: type
     """A dataclass of settings; the command's options."""
-    run: Callable[[Any], Path]
-    """Runs it, and returns the folder with its JSON and figure."""
-    cells: Cells | None = None
-    """Those that it is made of, if it is."""
+    cells: Cells
+    """Those that it is made of."""
 
+    def run(self, options: Any) -> Path:
+        """Make its cells, those alone that are not stored yet, each of which is stored at once.
 
-def of_cells(name: str, summary: str, options: type, cells: Cells) -> Experiment:
-    """An experiment that makes its cells one by one, and those alone that are not stored yet."""
-    return Experiment(name, summary, options, lambda given: _run(name, cells, given), cells)
+        **Returns:**
 
+        The folder with its JSON, its figure, and where it has a table that as Markdown and CSV.
 
-def _run(name: str, cells: Cells, options: Any) -> Path:
-    jobs, console = cells.jobs(options), Console()
-    made = {(cell.place, cell.seed): cell for cell in _stored(name, cells, options)}
-    for job in jobs:
-        place, seed = cells.kind.at(job.place), job.config.seed
-        if (place, seed) not in made:
-            fields = cells.make(job, options, console)
-            made[place, seed] = cells.kind(seed=seed, **{**fields, **job.place})
-            where = ", ".join(filter(None, (place.column, *place.row, f"seed {seed}")))
-            console.print(f"{where}: {fields['test_error']:.2f} %", highlight=False)
-            _write(name, cells, options, list(made.values()))
-    text = _write(name, cells, options, list(made.values()))
-    console.print(text, highlight=False)
-    return options.out
+        **Raises:**
 
+        `InputError` if an option is none that the experiment can have, or the folder holds what
+        other options made.
+        """
+        if options.out is None:
+            parent = "runs" if self.name == "compare" else "runs/reproduce"
+            options = dataclasses.replace(options, out=Path(parent, self.name))
+        jobs, console, kind = self.cells.jobs(options), Console(), self.cells.kind
+        made = {(cell.place, cell.seed): cell for cell in self._stored(options)}
+        for job in jobs:
+            place = kind.at(job.place)
+            if (place, job.seed) not in made:
+                fields = self.cells.make(job, options, console)
+                made[place, job.seed] = kind(seed=job.seed, **{**fields, **job.place})
+                where = ", ".join(filter(None, (place.column, *place.row, f"seed {job.seed}")))
+                error = f": {fields['test_error']:.2f} %" if "test_error" in fields else ""
+                console.print(f"{where}{error}", highlight=False)
+                self._write(options, list(made.values()))
+        console.print(self._write(options, list(made.values())), highlight=False, soft_wrap=True)
+        return options.out
 
-def _stored(name: str, cells: Cells, options: Any) -> Sequence[Cell]:
-    """The cells of earlier calls in the same folder, which stay."""
-    path, kind = options.out / f"{name}.json", Grid[cells.kind, type(options)]
-    return stored(path, kind, options, cells.same).cells if lexists(path) else ()
+    def _stored(self, options: Any) -> Sequence[AbstractCell]:
+        """The cells of earlier calls in the same folder, which stay."""
+        path = options.out / f"{self.name}.json"
+        if not lexists(path):
+            return ()
+        found = results.read(path, Grid[self.cells.kind, self.options])
+        for name in self.cells.same:
+            before, now = getattr(found.options, name), getattr(options, name)
+            if before != now:
+                raise InputError(
+                    f"{path} holds results for {name} {before}, not {now}: pass another --out"
+                )
+        return found.cells
 
-
-def _write(name: str, cells: Cells, options: Any, made: Sequence[Cell]) -> str:
-    """What there is so far, as JSON, Markdown and CSV, and its figure."""
-    file, presented = options.out / name, cells.present(over_seeds(made))
-    stored = {"cells": [without_none(cell) for cell in made], "table": presented.rows}
-    write(file.with_suffix(".json"), {**header(name, options), **stored})
-    write_text(file.with_suffix(".md"), presented.text)
-    write_text(file.with_suffix(".csv"), csv(presented.rows))
-    save(presented.figure, file.with_suffix(".png"))
-    return presented.text
-
-
-def header(name: str, options: Any) -> dict[str, Any]:
-    """What an experiment's file begins with."""
-    return {"experiment": name, "options": as_options(options), **provenance()}
+    def _write(self, options: Any, made: Sequence[AbstractCell]) -> str:
+        """What there is so far, as JSON, Markdown and CSV, and its figure."""
+        file, presented = options.out / self.name, self.cells.present(made)
+        header = {"experiment": self.name, "options": as_options(options), **provenance()}
+        stored = {"cells": list(map(results.without_none, made)), "table": presented.rows}
+        results.write(file.with_suffix(".json"), {**header, **stored})
+        if presented.rows:
+            write_text(file.with_suffix(".md"), presented.text)
+            write_text(file.with_suffix(".csv"), results.csv(presented.rows))
+        results.save(presented.figure, file.with_suffix(".png"))
+        return presented.text
 
 
 def as_options(options: Any) -> dict[str, Any]:
     """The settings of an experiment as JSON values, without the folders."""
     return {
-        k: list(v) if isinstance(v, tuple) else v
-        for k, v in fields(options).items()
-        if not isinstance(v, Path) and k not in ("out", "data_dir")
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in results.fields(options).items()
+        if name not in ("out", "data_dir")
     }
 
 
-def stored(path: Path, kind: Any, options: Any, same: Sequence[str]) -> Any:
-    """What an earlier call has stored.
+def check_names(kind: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse names that are not known: `kind` is what they should have named.
 
     **Raises:**
 
-    `InputError` if the file is damaged, or one of the settings `same` was another.
+    `InputError` for the first of them.
     """
-    found = read(path, kind)
-    for name in same:
-        before, now = getattr(found.options, name), getattr(options, name)
-        if before != now:
-            raise InputError(
-                f"{path} holds results for {name} {before}, not {now}: pass another --out"
-            )
-    return found
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)

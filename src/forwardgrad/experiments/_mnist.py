@@ -10,8 +10,8 @@ interrupted experiment continues where it was.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from pathlib import Path
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,22 +19,30 @@ from matplotlib.figure import Figure
 
 from forwardgrad._console import Console
 from forwardgrad.experiments._experiment import (
-    CellOptions,
     Cells,
     Experiment,
     Job,
-    Means,
     Presented,
-    of_cells,
+    RunOptions,
+    run_config,
+    trained,
 )
-from forwardgrad.results import CurveCell, Mean, look, markdown
-from forwardgrad.training import TrainConfig, fit
+from forwardgrad.results import CurveCell, look, markdown, over_seeds
+from forwardgrad.results._figures import band, panels
 
 ALGORITHMS = ("bp", "fg-w")
 
+SETTINGS: dict[str, Any] = {
+    "schedule": "exponential",
+    **{"momentum": 0.0, "tangents": 1, "clip": None, "exact_last": False},
+    "normalise": False,
+    "eval_every": 1_000_000,
+}
+"""Of every run."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MnistOptions(CellOptions):
+class MnistOptions(RunOptions):
     """Settings of `reproduce mnist-*`."""
 
     iterations: int = 5000
@@ -48,55 +56,16 @@ class MnistOptions(CellOptions):
     """Steps between the points of the curves, each the mean loss since the last."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogregOptions(MnistOptions):
-    """Settings of `reproduce mnist-logreg`."""
-
-    out: Path = Path("runs/reproduce/mnist-logreg")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MlpOptions(MnistOptions):
-    """Settings of `reproduce mnist-mlp`."""
-
-    out: Path = Path("runs/reproduce/mnist-mlp")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CnnOptions(MnistOptions):
-    """Settings of `reproduce mnist-cnn`."""
-
-    out: Path = Path("runs/reproduce/mnist-cnn")
-
-
 def _plan(network: str, options: MnistOptions) -> Iterator[Job]:
-    for seed in range(options.seeds):
-        for rate in options.learning_rates:
-            for algorithm in ALGORITHMS:
-                config = TrainConfig(
-                    dataset="mnist",
-                    network=network,
-                    algorithm=algorithm,
-                    seed=seed,
-                    iterations=options.iterations,
-                    learning_rate=rate,
-                    schedule="exponential",
-                    decay=options.decay,
-                    momentum=0.0,
-                    tangents=1,
-                    clip=None,
-                    exact_last=False,
-                    normalise=False,
-                    log_every=options.log_every,
-                    eval_every=1_000_000,
-                    out=options.out / "runs" / f"{algorithm}-{rate:g}-{seed}",
-                    data_dir=options.data_dir,
-                )
-                yield Job({"algorithm": algorithm, "learning_rate": rate}, config)
+    parts = (range(options.seeds), options.learning_rates, ALGORITHMS)
+    for seed, rate, algorithm in itertools.product(*parts):
+        place = {"algorithm": algorithm, "learning_rate": rate}
+        given = {**SETTINGS, **place, "dataset": "mnist", "network": network, "seed": seed}
+        yield Job(place, seed, run_config(options, **given))
 
 
 def _make(job: Job, options: MnistOptions, console: Console) -> dict[str, Any]:
-    run = fit(dataclasses.replace(job.config, resume=True), console=console)
+    run = trained(job, options, console)
     lines = [line for line in run.measurements if line.event == "steps"]
     return {
         **{name: getattr(run.result, name) for name in ("test_error", "seconds", "date")},
@@ -106,44 +75,39 @@ def _make(job: Job, options: MnistOptions, console: Console) -> dict[str, Any]:
     }
 
 
-def _row(mean: Mean[CurveCell]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of the test error, and of the final loss."""
-    losses = [cell.losses[-1] for cell in mean.cells]
-    return {**mean.row, "loss_mean": float(np.mean(losses)), "loss_std": float(np.std(losses))}
-
-
-def _present(name: str, means: Means) -> Presented:
-    rows = [_row(mean) for mean in means.values()]
-    texts = [
-        [*place.row, f"{row['loss_mean']:.4f}", mean.text]
-        for (place, mean), row in zip(means.items(), rows, strict=True)
-    ]
+def _present(title: str, cells: Sequence[CurveCell]) -> Presented:
+    """A row an algorithm and learning rate: the last loss and the test error over seeds."""
+    rows, texts = [], []
+    for place, mean in over_seeds(cells).items():
+        losses = [cell.losses[-1] for cell in mean.cells]
+        loss = float(np.mean(losses))
+        rows.append({**mean.row, "loss_mean": loss, "loss_std": float(np.std(losses))})
+        texts.append([*place.row, f"{loss:.4f}", mean.text])
     heads = ["algorithm", "learning rate", "loss", "test error"]
-    return Presented(rows, markdown(heads, texts), _figure(means, name))
+    return Presented(_figure(title, cells), rows, markdown(heads, texts))
 
 
-def _figure(means: Means, title: str) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    rates = sorted({float(place.row[1]) for place in means})
-    for place, mean in sorted(means.items()):
+def _figure(title: str, cells: Sequence[CurveCell]) -> Figure:
+    figure, ((left, right),) = panels(1, 2, size=(10, 4), sharey=True)
+    rates = sorted({cell.learning_rate or 0.0 for cell in cells})
+    for (_, (algorithm, rate)), mean in sorted(over_seeds(cells).items()):
         losses = np.array([cell.losses for cell in mean.cells])
-        times = np.mean([cell.times for cell in mean.cells], axis=0)
-        first, color = mean.cells[0], look(place.row[0])[0]
-        style = ("-", "--", ":", "-.")[rates.index(float(place.row[1])) % 4]
-        for axes, x in ((left, first.steps), (right, times)):
-            axes.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.15, lw=0)
-            axes.plot(x, losses.mean(0), style, color=color, label=", ".join(place.row))
+        lines = losses.min(0), losses.mean(0), losses.max(0)
+        style = {
+            "color": look(algorithm)[0],
+            "linestyle": ("-", "--", ":", "-.")[rates.index(float(rate)) % 4],
+            "label": f"{algorithm}, {rate}",
+        }
+        band(left, mean.cells[0].steps, lines, **style)
+        band(right, np.mean([cell.times for cell in mean.cells], axis=0), lines, **style)
     left.set(xlabel="iteration", ylabel="training loss")
     right.set(xlabel="time (s)")
     left.legend(title="algorithm, learning rate")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
     figure.suptitle(title)
     return figure
 
 
-def _experiment(network: str, what: str, options: type) -> Experiment:
+def _experiment(network: str, what: str) -> Experiment:
     name = f"mnist-{network}"
     cells = Cells(
         kind=CurveCell,
@@ -153,11 +117,11 @@ def _experiment(network: str, what: str, options: type) -> Experiment:
         same=("iterations", "decay", "log_every"),
     )
     summary = f"forward gradient and backpropagation on MNIST, {what}"
-    return of_cells(name, summary, options, cells)
+    return Experiment(name, summary, MnistOptions, cells)
 
 
 MNIST = [
-    _experiment("logreg", "logistic regression", LogregOptions),
-    _experiment("mlp", "fully connected network", MlpOptions),
-    _experiment("cnn", "convolutional network", CnnOptions),
+    _experiment("logreg", "logistic regression"),
+    _experiment("mlp", "fully connected network"),
+    _experiment("cnn", "convolutional network"),
 ]

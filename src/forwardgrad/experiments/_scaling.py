@@ -8,29 +8,29 @@ backpropagation and forward gradients up to 100 layers.
 """
 
 import dataclasses
-from os.path import lexists
-from pathlib import Path
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
+from forwardgrad._console import Console
 from forwardgrad.estimators import Backpropagation, WeightPerturbation
-from forwardgrad.experiments._experiment import Experiment, header, stored
+from forwardgrad.experiments._experiment import Cells, Experiment, Job, Options, Presented
 from forwardgrad.experiments._measure import Step, checkpointed, interleave
-from forwardgrad.results import Header, save, write
+from forwardgrad.results._figures import band, panels
+from forwardgrad.results._records import AbstractCell, Count, Name, NotNegative
 
 MIB = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class ScalingOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScalingOptions(Options):
     """Settings of `reproduce scaling`."""
 
-    out: Path = Path("runs/reproduce/scaling")
-    """Folder of the results."""
     depths: tuple[int, ...] = (1, 2, 5, 10, 20, 30, 50, 70, 100)
     """Numbers of layers."""
     batch_sizes: tuple[int, ...] = (64, 512)
@@ -99,81 +99,63 @@ def mlp_problem(depth: int, batch_size: int, width: int) -> tuple[list[dict], tu
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds of a method's step, its temporary memory and its operations."""
+    """Seconds of a method's steps, its temporary memory in bytes, and its operations."""
 
-    seconds: tuple[float, ...]
-    temp_bytes: int
-    flops: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Depth:
-    """What the methods cost on a network of that depth."""
-
-    depth: int
-    batch: int
-    methods: dict[str, Cost]
+    seconds: tuple[NotNegative, ...]
+    temp_bytes: Count
+    flops: NotNegative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scaling(Header):
-    """What is stored."""
+class CostCell(AbstractCell):
+    """What each method's step costs on a network of that depth, with batches of that size."""
 
-    options: ScalingOptions
-    cells: dict[str, Depth]
+    ROW = ("depth", "batch")
 
-
-def run_scaling(options: ScalingOptions) -> Path:
-    """Run the experiment, or what is missing of it, and return the folder of its results."""
-    path, cells = options.out / "scaling.json", {}
-    if lexists(path):
-        cells = dict(stored(path, Scaling, options, same=("width", "repeats")).cells)
-    for depth in options.depths:
-        for batch_size in options.batch_sizes:
-            name = f"depth {depth}, batch {batch_size}"
-            if name not in cells:
-                cells[name] = _measure(depth, batch_size, options)
-                write(path, {**header("scaling", options), "cells": cells})
-    save(_figure(list(cells.values()), options), options.out / "scaling.png")
-    return options.out
+    depth: Count
+    batch: Count
+    methods: dict[Name, Cost]
 
 
-def _measure(depth: int, batch_size: int, options: ScalingOptions) -> Depth:
-    params, batch = mlp_problem(depth, batch_size, options.width)
+def _plan(options: ScalingOptions) -> Iterator[Job]:
+    for depth, batch_size in itertools.product(options.depths, options.batch_sizes):
+        yield Job({"depth": depth, "batch": batch_size})
+
+
+def _make(job: Job, options: ScalingOptions, console: Console) -> dict[str, Any]:
+    params, batch = mlp_problem(job.place["depth"], job.place["batch"], options.width)
     steps = {name: Step(loss, params, e, batch) for name, (loss, e) in METHODS.items()}
     seconds = interleave(steps, options.repeats)
     costs = {
         name: Cost(tuple(float(f"{s:.6g}") for s in seconds[name]), step.temp_bytes, step.flops)
         for name, step in steps.items()
     }
-    return Depth(depth, batch_size, costs)
+    return {"methods": costs}
 
 
-def _figure(cells: list[Depth], options: ScalingOptions) -> Figure:
-    figure = Figure(figsize=(5 * len(options.batch_sizes), 7), layout="constrained")
-    axes = figure.subplots(2, len(options.batch_sizes), squeeze=False, sharex=True)
-    for column, batch_size in enumerate(options.batch_sizes):
-        mine = sorted((c for c in cells if c.batch == batch_size), key=lambda c: c.depth)
-        depths = [c.depth for c in mine]
+def _present(cells: Sequence[CostCell]) -> Presented:
+    """Time and memory against depth, a column a batch size."""
+    sizes = sorted({cell.batch for cell in cells})
+    figure, every = panels(2, len(sizes), size=(5 * len(sizes), 7), sharex=True)
+    for (above, below), batch_size in zip(every.T, sizes, strict=True):
+        own = sorted((c for c in cells if c.batch == batch_size), key=lambda cell: cell.depth)
+        depths = [cell.depth for cell in own]
         for name in METHODS:
-            rows = [c.methods[name] for c in mine]
-            times = np.array([row.seconds for row in rows]) * 1e3
+            costs = [cell.methods[name] for cell in own]
+            times = 1e3 * np.array([cost.seconds for cost in costs])
             mean, spread = times.mean(axis=1), times.std(axis=1)
-            (line,) = axes[0, column].plot(depths, mean, marker=".", label=name)
-            axes[0, column].fill_between(
-                depths, mean - spread, mean + spread, alpha=0.2, color=line.get_color()
-            )
-            axes[1, column].plot(
-                depths, [row.temp_bytes / MIB for row in rows], marker=".", label=name
-            )
-        axes[0, column].set(title=f"batch {batch_size}", ylabel="time of a step (ms)")
-        axes[1, column].set(xlabel=f"layers of {options.width}", ylabel="temporary memory (MiB)")
-    axes[0, 0].legend()
-    for a in axes.flat:
-        a.grid(alpha=0.3)
-    return figure
+            style = {"marker": ".", "label": name}
+            band(above, depths, (mean - spread, mean, mean + spread), **style)
+            below.plot(depths, [cost.temp_bytes / MIB for cost in costs], **style)
+        above.set(title=f"batch {batch_size}", ylabel="time of a step (ms)")
+        below.set(xlabel="layers", ylabel="temporary memory (MiB)")
+    figure.axes[0].legend()
+    return Presented(figure)
 
 
 SCALING = Experiment(
-    "scaling", "time and memory of a step against depth", ScalingOptions, run_scaling
+    "scaling",
+    "time and memory of a step against depth",
+    ScalingOptions,
+    Cells(kind=CostCell, plan=_plan, make=_make, present=_present, same=("width", "repeats")),
 )

@@ -7,8 +7,7 @@ these functions of two variables, each of them cheaper.
 """
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
+from forwardgrad._console import Console
 from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import AbstractEstimator, Backpropagation, WeightPerturbation
-from forwardgrad.experiments._experiment import Experiment, header
+from forwardgrad.experiments._experiment import Cells, Experiment, Job, Options, Presented
 from forwardgrad.experiments._measure import interleave
-from forwardgrad.results import save, write
+from forwardgrad.results._figures import band, look, panels
+from forwardgrad.results._records import AbstractCell, Name, NotNegative, Number
 
 Point = Float[Array, "2"]
 
@@ -59,12 +59,10 @@ METHODS: dict[str, AbstractEstimator] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ToyOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyOptions(Options):
     """Settings of `reproduce toy`."""
 
-    out: Path = Path("runs/reproduce/toy")
-    """Folder of the results."""
     iterations: int = 1000
     """Steps of each run."""
     runs: int = 10
@@ -75,33 +73,47 @@ class ToyOptions:
     """Interleaved timings of each method."""
 
 
-def run_toy(options: ToyOptions) -> Path:
-    """Run the experiment, and return the folder of its results."""
-    results = {name: _solve(problem, options) for name, problem in PROBLEMS.items()}
-    write(options.out / "toy.json", {**header("toy", options), "results": results})
-    save(_figure(results), options.out / "toy.png")
-    return options.out
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """The points that a method went through, run by run, and the losses there."""
+
+    seconds_per_step: NotNegative
+    points: tuple[tuple[tuple[Number | None, Number | None], ...], ...]
+    losses: tuple[tuple[Number | None, ...], ...]
 
 
-def _solve(problem: _Problem, options: ToyOptions) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DescentCell(AbstractCell):
+    """How each method went down a function of two variables."""
+
+    ROW = ("function",)
+
+    function: Name
+    methods: dict[Name, Descent]
+
+
+def _plan(options: ToyOptions) -> Iterator[Job]:
+    for name in PROBLEMS:
+        yield Job({"function": name}, options.seed)
+
+
+def _make(job: Job, options: ToyOptions, console: Console) -> dict[str, Any]:
     descents = {
-        name: jax.jit(_descent(problem, estimator, options.iterations))
+        name: jax.jit(_descent(PROBLEMS[job.place["function"]], estimator, options.iterations))
         for name, estimator in METHODS.items()
     }
-    keys = jax.random.split(jax.random.key(options.seed), options.runs)
-    seconds = interleave(
-        {name: lambda f=f: jax.block_until_ready(f(keys[0])) for name, f in descents.items()},
-        options.repeats,
-    )
-    results = {}
+    keys = jax.random.split(jax.random.key(job.seed), options.runs)
+    calls = {n: lambda f=f: jax.block_until_ready(f(keys[0])) for n, f in descents.items()}
+    seconds = interleave(calls, options.repeats)
+    methods = {}
     for name, descent in descents.items():
         points, losses = jax.vmap(descent)(keys if METHODS[name].needs_key else keys[:1])
-        results[name] = {
-            "seconds_per_step": float(np.median(seconds[name])) / options.iterations,
-            "points": np.asarray(points, float).round(6).tolist(),
-            "losses": [[float(f"{v:.6g}") for v in row] for row in np.asarray(losses)],
-        }
-    return results
+        methods[name] = Descent(
+            float(np.median(seconds[name])) / options.iterations,
+            np.asarray(points, float).round(6).tolist(),
+            tuple(tuple(float(f"{loss:.6g}") for loss in run) for run in np.asarray(losses)),
+        )
+    return {"methods": methods}
 
 
 def _descent(problem: _Problem, estimator: AbstractEstimator, iterations: int):
@@ -117,38 +129,47 @@ def _descent(problem: _Problem, estimator: AbstractEstimator, iterations: int):
     return descent
 
 
-def _figure(results: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(12, 3.4 * len(results)), layout="constrained")
-    rows = figure.subplots(len(results), 3)
-    for (name, result), (left, middle, right) in zip(results.items(), rows, strict=True):
-        _contours(left, PROBLEMS[name])
-        left.set_title(name.capitalize())
-        for color, (method, data) in zip(("tab:red", "tab:blue"), result.items(), strict=True):
-            for points in data["points"]:
-                left.plot(*np.array(points).T, color=color, lw=1, alpha=0.5)
-            losses = np.array(data["losses"])
+def _present(cells: Sequence[DescentCell]) -> Presented:
+    """A row a function: trajectories, and its values against steps and time."""
+    figure, rows = panels(len(cells), 3, size=(12, 3.4 * len(cells)))
+    for cell, (left, middle, right) in zip(cells, rows, strict=True):
+        _contours(left, PROBLEMS[cell.function])
+        left.set_title(cell.function.capitalize())
+        for algorithm, (method, data) in zip(("fg-w", "bp"), cell.methods.items(), strict=True):
+            color = look(algorithm)[0]
+            for points in data.points:
+                left.plot(*np.array(points, float).T, color=color, lw=1, alpha=0.5)
+            losses = np.array(data.losses, float)
+            lines = losses.min(0), np.median(losses, 0), losses.max(0)
             steps = np.arange(losses.shape[1])
-            for axes, x in ((middle, steps), (right, steps * data["seconds_per_step"] * 1e3)):
-                axes.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.2, lw=0)
-                axes.plot(x, np.median(losses, 0), color=color, label=method)
+            for axes, x in ((middle, steps), (right, steps * data.seconds_per_step * 1e3)):
+                band(axes, x, lines, color=color, label=method)
         middle.set(xlabel="iteration", ylabel="f", yscale="log")
         right.set(xlabel="time (ms)", ylabel="f", yscale="log")
         middle.legend()
-    return figure
+    return Presented(figure)
 
 
 def _contours(axes, problem: _Problem) -> None:
     left, right, bottom, top = problem.window
     x, y = np.meshgrid(np.linspace(left, right, 200), np.linspace(bottom, top, 200))
     values = jax.vmap(jax.vmap(problem.function))(jnp.stack([x, y], axis=-1))
-    axes.contour(
-        x, y, values, levels=np.logspace(-2, 3, 16), norm=LogNorm(), cmap="Greys_r", linewidths=0.6
-    )
+    style: dict[str, Any] = {"norm": LogNorm(), "cmap": "Greys_r", "linewidths": 0.6}
+    axes.contour(x, y, values, levels=np.logspace(-2, 3, 16), **style)
     axes.plot(*problem.minimum, "k*")
     axes.plot(*problem.start, "ko", ms=4)
     axes.set(xlim=(left, right), ylim=(bottom, top), xlabel="x", ylabel="y")
 
 
 TOY = Experiment(
-    "toy", "forward gradient and gradient descent on Beale and Rosenbrock", ToyOptions, run_toy
+    "toy",
+    "forward gradient and gradient descent on Beale and Rosenbrock",
+    ToyOptions,
+    Cells(
+        kind=DescentCell,
+        plan=_plan,
+        make=_make,
+        present=_present,
+        same=("iterations", "runs", "repeats"),
+    ),
 )

@@ -10,29 +10,38 @@ samples of the estimators as they are.
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array
 from matplotlib.figure import Figure
 
 from forwardgrad._console import Console
-from forwardgrad._diagnose import diagnose
-from forwardgrad._diagnosis import Diagnosis
-from forwardgrad._errors import InputError, unknown_name
-from forwardgrad._files import write_text
-from forwardgrad.experiments._experiment import Experiment, header
+from forwardgrad._diagnosis import DiagnosisRow
+from forwardgrad._errors import InputError
+from forwardgrad.experiments._diagnose import diagnosis_of
+from forwardgrad.experiments._experiment import (
+    Cells,
+    Experiment,
+    Job,
+    Options,
+    Presented,
+    check_names,
+    run_config,
+)
 from forwardgrad.experiments._theory import activity_variances, weight_variances
 from forwardgrad.networks import size_of
-from forwardgrad.results import markdown, save, write
-from forwardgrad.training import Problem, TrainConfig, problem
+from forwardgrad.results import look, markdown
+from forwardgrad.results._figures import panels
+from forwardgrad.results._records import AbstractCell, Name, NotNegative
+from forwardgrad.training import problem
 
 ALGORITHMS = ("fg-w", "lg-fg-w", "fg-a", "lg-fg-a")
 
 
-@dataclasses.dataclass(frozen=True)
-class VarianceOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VarianceOptions(Options):
     """Settings of `reproduce variance`."""
 
     dataset: str = "mnist"
@@ -47,153 +56,121 @@ class VarianceOptions:
     """Examples in the batch."""
     seed: int = 0
     """Seed of the weights, the batch and the estimates."""
-    out: Path = Path("runs/reproduce/variance")
-    """Folder of the results."""
     data_dir: Path | None = None
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
 
 
-def run_variance(options: VarianceOptions) -> Path:
-    """Run the experiment, and return the folder of its results."""
-    for name in options.algorithms:
-        if name not in ALGORITHMS:
-            raise unknown_name("algorithm", name, ALGORITHMS)
+@dataclasses.dataclass(frozen=True)
+class LayerVariance:
+    """Total variance of the estimate of a layer's gradient, or of all; the exact one's norm."""
+
+    layer: Name
+    norm: NotNegative
+    measured: NotNegative
+    measured_error: NotNegative
+    predicted: NotNegative
+    ratio: NotNegative
+    ratio_error: NotNegative
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VarianceCell(AbstractCell):
+    """The variances of an algorithm's estimates, layer by layer; of all layers last."""
+
+    ROW = ("algorithm",)
+
+    algorithm: Name
+    layers: tuple[LayerVariance, ...]
+
+
+def _plan(options: VarianceOptions) -> Iterator[Job]:
+    """One tangent, no clipping, and exact gradients for the last layers whatever the algorithm."""
+    check_names("algorithm", options.algorithms, ALGORITHMS)
     size = size_of(options.network)
     if size is None or size.patches > 1:
         raise InputError(
             f"network must be a LocalMixer with one patch, s/1/1 or m/1/16, got {options.network!r}"
         )
-    rows: list[Row] = []
-    for name in options.algorithms:
-        step = problem(_config(name, options))
-        predict = weight_variances if name.endswith("w") else activity_variances
-        rows += _rows(name, _measured(step, options), predict(step))
-        write(options.out / "variance.json", {**header("variance", options), "rows": rows})
-    write_text(options.out / "variance.md", _text(rows))
-    save(_figure(rows), options.out / "variance.png")
-    Console(soft_wrap=True).print(_text(rows), highlight=False)
-    return options.out
+    for algorithm in options.algorithms:
+        place = {"algorithm": algorithm}
+        config = run_config(options, **place, tangents=1, clip=None, exact_last=True)
+        yield Job(place, options.seed, config)
 
 
-def _config(algorithm: str, options: VarianceOptions) -> TrainConfig:
-    """One tangent, no clipping, and exact gradients for the last layers whatever the algorithm."""
-    return TrainConfig(
-        dataset=options.dataset,
-        network=options.network,
-        algorithm=algorithm,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        data_dir=options.data_dir,
-        **{"tangents": 1, "clip": None, "exact_last": True},
-    )
-
-
-def _measured(step: Problem, options: VarianceOptions) -> Diagnosis:
-    key = jax.random.fold_in(jax.random.key(options.seed), 1)
-    settings = {"key": key, "samples": options.samples, "has_aux": True}
-    return diagnose(step.loss, step.estimator, step.params, *step.batch, **settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Measured and predicted total variance of a layer, or of all together."""
-
-    algorithm: str
-    layer: str
-    norm: float
-    measured: float
-    measured_error: float
-    predicted: float
-    ratio: float
-    ratio_error: float
-
-
-def _rows(algorithm: str, diagnosis: Diagnosis, predicted: dict[str, Array]) -> list[Row]:
-    """Those of every perturbed layer, and of all."""
-    layers = [row for row in diagnosis.layers if row.name in predicted]
-    norm = math.sqrt(sum(row.norm**2 for row in layers))
-    totals = {name: float(np.sum(np.asarray(v, float))) for name, v in predicted.items()}
-    totals["all"] = sum(totals.values())
+def _make(job: Job, options: VarianceOptions, console: Console) -> dict[str, Any]:
+    assert job.config is not None
+    step = problem(job.config)
+    predict = weight_variances if job.config.algorithm.endswith("w") else activity_variances
+    predicted = {name: float(np.sum(np.asarray(v, float))) for name, v in predict(step).items()}
+    predicted["all"] = sum(predicted.values())
+    diagnosis = diagnosis_of(step, options.seed, options.samples)
     # The other layers' gradients are exact: they add nothing to the variance of all.
-    return [
-        Row(
-            algorithm,
-            row.name,
-            norm if row is diagnosis.total else row.norm,
-            row.variance,
-            row.variance_error,
-            totals[row.name],
-            row.variance / totals[row.name],
-            row.variance_error / totals[row.name],
-        )
-        for row in (*layers, diagnosis.total)
-    ]
+    layers = [row for row in diagnosis.layers if row.name in predicted]
+    total = dataclasses.replace(diagnosis.total, norm=math.hypot(*(row.norm for row in layers)))
+    return {"layers": tuple(_beside(row, predicted[row.name]) for row in (*layers, total))}
 
 
-def _text(rows: list[Row]) -> str:
+def _beside(row: DiagnosisRow, predicted: float) -> LayerVariance:
+    measured = (row.variance, row.variance_error)
+    ratio = (value / predicted for value in measured)
+    return LayerVariance(row.name, row.norm, *measured, predicted, *ratio)
+
+
+def _present(cells: Sequence[VarianceCell]) -> Presented:
     """Two tables: variances layer by layer; and by which factor they fall."""
-    layers = [
-        [
-            *(r.algorithm, _short(r.layer), f"{r.measured:.4g}", f"{r.predicted:.4g}"),
-            f"{r.ratio:.4f} ± {r.ratio_error:.4f}",
-        ]
-        for r in rows
-    ]
-    totals = [r for r in rows if r.layer == "all"]
-    first = f"{totals[0].algorithm}'s / it, measured"
-    heads = ("algorithm", "‖g‖²", "V/‖g‖², measured", "predicted", first, "predicted")
-    return "\n".join(
-        [
-            markdown(["algorithm", "layer", "measured", "predicted", "ratio"], layers, names=2),
-            markdown(heads, [_fall(row, totals[0]) for row in totals]),
-        ]
-    )
+    rows, lines = [], []
+    for cell in cells:
+        for row in cell.layers:
+            rows.append({"algorithm": cell.algorithm, **dataclasses.asdict(row)})
+            ratio = f"{row.ratio:.4f} ± {row.ratio_error:.4f}"
+            variances = (f"{row.measured:.4g}", f"{row.predicted:.4g}", ratio)
+            lines.append([cell.algorithm, _short(row.layer), *variances])
+    heads = ("algorithm", "layer", "measured", "predicted", "ratio")
+    texts = [markdown(heads, lines, names=2), _falls(cells)]
+    return Presented(_figure(cells), rows, "\n".join(texts))
 
 
-def _fall(row: Row, first: Row) -> list[str]:
-    """A line of the second table: how far the relative variance is below the first one's."""
-    measured, predicted = (
-        [getattr(r, kind) / r.norm**2 for r in (first, row)] for kind in ("measured", "predicted")
-    )
-    factor = measured[0] / measured[1]
-    error = factor * math.hypot(*(r.measured_error / r.measured for r in (first, row)))
-    fall = "1" if row is first else f"{factor:.4g} ± {error:.2g}"
-    numbers = (row.norm**2, measured[1], predicted[1])
-    return [
-        row.algorithm,
-        *(f"{n:.4g}" for n in numbers),
-        fall,
-        f"{predicted[0] / predicted[1]:.4g}",
-    ]
+def _falls(cells: Sequence[VarianceCell]) -> str:
+    """How far each total variance, relative to the gradient, is below the first one's."""
+    first, lines = cells[0].layers[-1], []
+    for cell in cells:
+        row = cell.layers[-1]
+        measured, predicted = row.measured / row.norm**2, row.predicted / row.norm**2
+        factor = first.measured / first.norm**2 / measured
+        error = factor * math.hypot(*(r.measured_error / r.measured for r in (first, row)))
+        fall = "1" if row is first else f"{factor:.4g} ± {error:.2g}"
+        theory = first.predicted / first.norm**2 / predicted
+        numbers = (f"{n:.4g}" for n in (row.norm**2, measured, predicted))
+        lines.append([cell.algorithm, *numbers, fall, f"{theory:.4g}"])
+    measured = f"{cells[0].algorithm}'s / it, measured"
+    heads = ("algorithm", "‖g‖²", "V/‖g‖², measured", "predicted", measured, "predicted")
+    return markdown(heads, lines)
 
 
 def _short(layer: str) -> str:
     return layer.removeprefix(".blocks[0].")
 
 
-def _figure(rows: list[Row]) -> Figure:
-    names = list(dict.fromkeys(row.algorithm for row in rows))
-    layers = list(dict.fromkeys(row.layer for row in rows))
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        own = [row for row in rows if row.algorithm == name]
-        places = np.arange(len(layers)) + width * (i - (len(names) - 1) / 2)
-        left.bar(places, [row.measured for row in own], width, color=f"C{i}", label=name)
-        label = "predicted" if i == len(names) - 1 else None
-        predicted = [row.predicted for row in own]
-        left.plot(places, predicted, "_k", ms=14, mew=2, label=label)
-        ratios, errors = ([getattr(row, k) for row in own] for k in ("ratio", "ratio_error"))
-        bars = 2 * np.array(errors)
-        right.errorbar(places, ratios, yerr=bars, fmt="o", ms=4, capsize=3, color=f"C{i}")
+def _figure(cells: Sequence[VarianceCell]) -> Figure:
+    """Measured variances with their predictions, and the ratios of both."""
+    figure, ((left, right),) = panels(1, 2, size=(12, 4.2))
+    for i, cell in enumerate(cells):
+        places = np.arange(len(cell.layers)) + 0.6 * ((i + 0.5) / len(cells) - 0.5)
+        color, _, marker = look(cell.algorithm)
+        style = {"fmt": marker, "ms": 4, "capsize": 3, "color": color, "label": cell.algorithm}
+        for axes, name in ((left, "measured"), (right, "ratio")):
+            values = [getattr(row, name) for row in cell.layers]
+            errors = [2 * getattr(row, f"{name}_error") for row in cell.layers]
+            axes.errorbar(places, values, yerr=errors, **style)
+        label = None if i else "predicted"
+        left.plot(places, [row.predicted for row in cell.layers], "_k", ms=14, label=label)
     left.set(ylabel="total variance of one estimate", yscale="log")
-    left.legend(ncols=2)
     right.axhline(1, color="k", lw=0.8)
     right.set(ylabel="measured / predicted (± 2 standard errors)")
+    left.legend(ncols=2)
+    names = [_short(row.layer) for row in cells[0].layers]
     for axes in (left, right):
-        axes.set_xticks(range(len(layers)), [_short(layer) for layer in layers], rotation=20)
-        axes.grid(axis="y", alpha=0.3)
+        axes.set_xticks(range(len(names)), names, rotation=20)
     return figure
 
 
@@ -201,5 +178,11 @@ VARIANCE = Experiment(
     "variance",
     "variance of forward gradients, measured and predicted",
     VarianceOptions,
-    run_variance,
+    Cells(
+        kind=VarianceCell,
+        plan=_plan,
+        make=_make,
+        present=_present,
+        same=("dataset", "network", "samples", "batch_size", "seed"),
+    ),
 )

@@ -10,11 +10,11 @@ from forwardgrad._errors import InputError
 from forwardgrad._files import open_file
 from forwardgrad.experiments import COMPARE, EXPERIMENTS, Cells
 from forwardgrad.report._table import StoredTable
-from forwardgrad.results import CurveCell, Grid, Header, Options, TableCell, read
+from forwardgrad.results import Grid, Header, Options, TableCell, read
 from forwardgrad.training import Run, read_run
 
 DEFAULT_FOLDERS = (Path("runs"), Path("results"))
-_KNOWN = {**EXPERIMENTS, "compare": COMPARE}
+_TABLES = {e.name: e for e in (*EXPERIMENTS.values(), COMPARE) if e.cells.title}
 _UNKNOWN = Cells(kind=TableCell, plan=iter, present=NotImplemented, same=())
 _OF_A_RUN = {"config.json", "metrics.jsonl", "summary.json"}
 
@@ -89,23 +89,17 @@ def _add(found: Collection, path: Path) -> None:
         found.problems += map(str, problems)
         return
     value = read(path, Any)  # pyright: ignore[reportArgumentType]
-    if isinstance(value, dict) and {"experiment", "benchmark"} & set(value):
-        cells, kind = _cells(value)
-        if cells is not None:
-            found.tables.append(StoredTable(path, read(path, kind), cells))
-        else:
-            found.others.append(Other(path, read(path, Header), _picture(path.with_suffix(".png"))))
-
-
-def _cells(value: dict[str, Any]) -> tuple[Cells | None, Any]:
-    """How a table is presented, and what its file holds; None if it is none."""
+    if not isinstance(value, dict) or not {"experiment", "benchmark"} & set(value):
+        return
     name, cells = value.get("experiment"), value.get("cells")
-    known = _KNOWN.get(name) if isinstance(name, str) else None
-    if known is not None and known.cells is not None and known.cells.kind is not CurveCell:
-        return known.cells, Grid[known.cells.kind, known.options]
-    if isinstance(cells, list) and any(isinstance(c, dict) and "column" in c for c in cells):
-        return _UNKNOWN, Grid[TableCell, Options]
-    return None, None
+    known = _TABLES.get(name) if isinstance(name, str) else None
+    if known:
+        grid = read(path, Grid[known.cells.kind, known.options])
+        found.tables.append(StoredTable(path, grid, known.cells))
+    elif isinstance(cells, list) and any(isinstance(c, dict) and "column" in c for c in cells):
+        found.tables.append(StoredTable(path, read(path, Grid[TableCell, Options]), _UNKNOWN))
+    else:
+        found.others.append(Other(path, read(path, Header), _picture(path.with_suffix(".png"))))
 
 
 def _picture(path: Path) -> bytes | None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from forwardgrad.experiments import UNTRAINED, as_options, in_order
 from forwardgrad.report._table import StoredTable
 from forwardgrad.results import Place, TableCell
+from forwardgrad.results._tables import grouped
 from forwardgrad.training import ALGORITHMS, command
 
 
@@ -19,12 +20,9 @@ class Gap(NamedTuple):
     @property
     def texts(self) -> list[str]:
         """What is missing, a line for each column and its seeds."""
-        seeds: dict[Place, list[str]] = {}
-        for place, seed in self.cells:
-            seeds.setdefault(place, []).append(str(seed))
         lines: dict[tuple[str, str], list[str]] = {}
-        for place, numbers in seeds.items():
-            text = f"seed{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+        for place, cells in grouped(self.cells, lambda cell: cell[0]).items():
+            text = f"seed{'s' * (len(cells) > 1)} {', '.join(str(seed) for _, seed in cells)}"
             lines.setdefault((place.column, text), []).append(" ".join(place.row))
         return [f"{column}: {', '.join(rows)}; {text}" for (column, text), rows in lines.items()]
 
@@ -41,7 +39,7 @@ def gaps(table: StoredTable, tables: Sequence[StoredTable]) -> list[Gap]:
     """
     stored, found = {(cell.place, cell.seed) for cell in table.grid.cells}, []
     for options in _complete(table, tables):
-        jobs = [(table.cells.kind.at(j.place), j.config.seed) for j in table.cells.jobs(options)]
+        jobs = [(table.cells.kind.at(job.place), job.seed) for job in table.cells.jobs(options)]
         if missing := [job for job in jobs if job not in stored]:
             found.append(Gap(missing, _command(table, options, missing)))
     return found

@@ -12,6 +12,8 @@ from forwardgrad.experiments import in_order
 from forwardgrad.report._collect import Collection
 from forwardgrad.report._table import column
 from forwardgrad.results import look, picture, scale
+from forwardgrad.results._figures import panels
+from forwardgrad.results._tables import grouped
 from forwardgrad.training import Run
 from forwardgrad.training._config import of_the_result
 
@@ -50,7 +52,7 @@ class Group(NamedTuple):
 def curves(collection: Collection) -> list[Group]:
     """Test error and loss against epochs, for runs that share task, data set and network."""
     groups: list[Group] = []
-    for title, runs in _by_column(collection.runs).items():
+    for title, runs in grouped(collection.runs, column).items():
         plots = []
         for key, label in (("test_error", "test error (%)"), ("loss", "training loss")):
             series = [s for each in _alike(runs) if (s := _curve(*each, key)).points]
@@ -89,11 +91,9 @@ def _costs(collection: Collection) -> Iterator[tuple[str, list[Series]]]:
             yield f"{name}, {table.path.parent.as_posix()}", points
     finished = [run for run in collection.runs if run.state == "finished"]
     alone = [run for run in finished if not any(table.has(run) for table in collection.tables)]
-    for title, runs in _by_column(alone).items():
-        points = []
-        for label, same, variant in _alike(runs):
-            ends = [run.result for run in same]
-            points += _mean(label, ends[0].algorithm, variant, ends)
+    for title, runs in grouped(alone, column).items():
+        ends = [(label, v, [run.result for run in same]) for label, same, v in _alike(runs)]
+        points = [p for label, v, own in ends for p in _mean(label, own[0].algorithm, v, own)]
         yield f"{title}, single runs", points
 
 
@@ -105,19 +105,9 @@ def _mean(label: str, algorithm: str, variant: int, ends: Iterable[Any]) -> Iter
         yield Series(label, algorithm, [(float(seconds), float(error))], variant=variant)
 
 
-def _by_column(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(column(run), []).append(run)
-    return groups
-
-
 def _alike(runs: Sequence[Run]) -> list[tuple[str, list[Run], int]]:
     """Runs that differ in the seed alone, with a label and the number among their algorithm's."""
-    groups: dict[Any, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(_settings(run).values()), []).append(run)
-    found = []
+    groups, found = grouped(runs, lambda run: tuple(_settings(run).values())), []
     for algorithm in in_order([run.config.algorithm for run in runs]):
         own = [group for group in groups.values() if group[0].config.algorithm == algorithm]
         others = [_settings(group[0]) for group in own]
@@ -134,10 +124,8 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _curve(label: str, runs: Sequence[Run], variant: int, key: str) -> Series:
     """The mean over seeds, at the epochs that all of them have."""
-    seeds = []
-    for run in runs:
-        lines = [line for line in run.measurements if line.event == "epoch"]
-        seeds.append({e.epoch: y for e in lines if (y := getattr(e, key)) is not None})
+    lines = [[line for line in run.measurements if line.event == "epoch"] for run in runs]
+    seeds = [{e.epoch: y for e in own if (y := getattr(e, key)) is not None} for own in lines]
     seeds = [points for points in seeds if points]
     common = set.intersection(*map(set, seeds)) if seeds else set()
     mean = [(x, float(np.mean([points[x] for points in seeds]))) for x in sorted(common)]
@@ -165,13 +153,12 @@ def _plot(
 ) -> Plot:
     longest = max(len(_label(s)) for s in series)
     columns = max(1, min(4, 60 // (longest + 5)))
-    figure = Figure(figsize=(5.4, 3.4 + 0.22 * -(-len(series) // columns)), layout="constrained")
-    axes = figure.subplots()
+    size = (5.4, 3.4 + 0.22 * -(-len(series) // columns))
+    figure, ((axes,),) = panels(1, 1, size=size)
     for each in series:
         draw(axes, each, _label(each))
     scale(axes, "y", [y for s in series for line in (s.points, *s.seeds) for _, y in line])
     axes.set(xlabel=x, ylabel=y)
-    axes.grid(linewidth=0.6, alpha=0.4)
     # Names are no formulas.
     with mpl.rc_context({"text.parse_math": False}):
         figure.legend(loc="outside lower center", ncols=columns, frameon=False)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from numpy.typing import ArrayLike
 
 from forwardgrad._files import write_bytes
 
@@ -44,6 +46,31 @@ def picture(figure: Figure, kind: Literal["png", "svg"] = "png") -> bytes:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(file, format=kind, **options)
     return file.getvalue()
+
+
+def panels(
+    rows: int, columns: int, *, size: tuple[float, float], **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes [rows, columns], with a grid in each.
+
+    **Arguments:**
+
+    - `rows`, `columns`: how many axes.
+    - `size`: of the figure, width and height in inches.
+    - `options`: of `matplotlib.figure.Figure.subplots`.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in every.flat:
+        axes.grid(alpha=0.3)
+    return figure, every
+
+
+def band(axes: Axes, x: ArrayLike, lines: Sequence[ArrayLike], **style: Any) -> None:
+    """A line, with what is between the one below it and the one above in its colour."""
+    low, middle, high = lines
+    (line,) = axes.plot(x, middle, **style)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -116,8 +116,8 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A run as a part of an experiment: where it stands, what it ended with, its settings.
+class AbstractCell:
+    """A part of an experiment, and where it stands.
 
     `COLUMN` and `ROW` are the fields that tell its column and its row; seeds share a place.
     """
@@ -125,18 +125,7 @@ class Cell:
     COLUMN: ClassVar[tuple[str, ...]] = ()
     ROW: ClassVar[tuple[str, ...]] = ()
 
-    seed: Annotated[int, Meta(ge=0, lt=MOST_SEEDS)]
-    test_error: Percent
-    train_error: Percent | None = None
-    online_error: Percent | None = None
-    train_loss: Number | None = None
-    parameters: Count | None = None
-    seconds: NotNegative | None = None
-    date: Name | None = None
-    learning_rate: Number | None = None
-    momentum: Number | None = None
-    tangents: Count | None = None
-    exact_last: bool | None = None
+    seed: Count
 
     @classmethod
     def at(cls, fields: Mapping[str, Any]) -> Place:
@@ -152,11 +141,29 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell(AbstractCell):
+    """A run: where it stands, what it ended with, its settings."""
+
+    seed: Annotated[int, Meta(ge=0, lt=MOST_SEEDS)]
+    test_error: Percent
+    train_error: Percent | None = None
+    online_error: Percent | None = None
+    train_loss: Number | None = None
+    parameters: Count | None = None
+    seconds: NotNegative | None = None
+    date: Name | None = None
+    learning_rate: Number | None = None
+    momentum: Number | None = None
+    tangents: Count | None = None
+    exact_last: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TableCell(Cell):
     """A cell of Table 3, of Table 4, or of `compare`."""
 
-    COLUMN: ClassVar = ("column",)
-    ROW: ClassVar = ("algorithm",)
+    COLUMN = ("column",)
+    ROW = ("algorithm",)
 
     column: Name
     algorithm: Name
@@ -166,8 +173,8 @@ class TableCell(Cell):
 class AblationCell(Cell):
     """A cell of the ablation."""
 
-    COLUMN: ClassVar = ("task", "setting")
-    ROW: ClassVar = ("variant", "groups")
+    COLUMN = ("task", "setting")
+    ROW = ("variant", "groups")
 
     task: Name
     setting: Name
@@ -179,7 +186,7 @@ class AblationCell(Cell):
 class CurveCell(Cell):
     """A run of the first paper's MNIST experiments, with the mean losses between its steps."""
 
-    ROW: ClassVar = ("algorithm", "learning_rate")
+    ROW = ("algorithm", "learning_rate")
 
     algorithm: Name
     steps: tuple[Count, ...]
@@ -195,7 +202,7 @@ class Header(Origin):
     benchmark: Name = ""
 
 
-C = TypeVar("C", bound=Cell, covariant=True)
+C = TypeVar("C", bound=AbstractCell, covariant=True)
 Given = TypeVar("Given", covariant=True)
 
 

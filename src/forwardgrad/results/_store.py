@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,12 +79,23 @@ def write(path: Path, value: Any) -> None:
 
     Paths become texts, and what is not finite becomes null.
     """
-    write_text(path, json.dumps({**_plain(value), "version": VERSION}, indent=2) + "\n")
+    value = fields(value) if dataclasses.is_dataclass(value) else value
+    write_text(path, _encoded({**value, "version": VERSION}, indent=2) + "\n")
 
 
 def as_line(record: Any) -> str:
     """A dataclass as a line of JSON, of what is there."""
-    return json.dumps(_plain(without_none(record))) + "\n"
+    return _encoded(without_none(record)) + "\n"
+
+
+def _encoded(value: Any, indent: int | None = None) -> str:
+    # Python writes words for what is not finite, which are no JSON, and reads them as we please.
+    plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    return fields(value) if dataclasses.is_dataclass(value) else os.fspath(value)
 
 
 def fields(record: Any) -> dict[str, Any]:
@@ -116,15 +127,3 @@ def _converted(where: Path | str, value: Any, kind: type[T]) -> T:
 
 def _short(text: str) -> str:
     return " ".join(text.split())[:300]
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        value = fields(value)
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

@@ -4,12 +4,16 @@ import csv as _csv
 import dataclasses
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from forwardgrad.results._records import C, Place
+from forwardgrad.results._records import Cell, Place
+
+C = TypeVar("C", bound=Cell, covariant=True)
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 class Mean(NamedTuple, Generic[C]):
@@ -43,16 +47,21 @@ class Mean(NamedTuple, Generic[C]):
         }
 
 
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by their keys, in order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def over_seeds(cells: Iterable[C]) -> dict[Place, Mean[C]]:
     """The mean of every place, in the order of the cells."""
-    groups: dict[Place, list[C]] = {}
-    for cell in cells:
-        groups.setdefault(cell.place, []).append(cell)
-    errors = {place: [cell.test_error for cell in group] for place, group in groups.items()}
-    return {
-        place: Mean(tuple(groups[place]), float(np.mean(values)), float(np.std(values)))
-        for place, values in errors.items()
-    }
+    means = {}
+    for place, group in grouped(cells, lambda cell: cell.place).items():
+        errors = [cell.test_error for cell in group]
+        means[place] = Mean(tuple(group), float(np.mean(errors)), float(np.std(errors)))
+    return means
 
 
 class Entry(NamedTuple):
@@ -85,6 +94,17 @@ class Table:
         best = min(m.error for place, m in self.means.items() if place.column == column)
         ours, paper = mean.text if mean else "", "" if theirs is None else f"{theirs:.2f}"
         return Entry(ours, paper, mean is not None and mean.error == best)
+
+    def text(self, head: str, names: Iterable[str]) -> str:
+        """As Markdown: a row for each name, under that head, and the paper's errors beside ours."""
+        heads, lines = [head], [[name] for name in names]
+        for column in self.columns:
+            count = 1 + self.has_paper(column)
+            heads += [column, "paper"][:count]
+            for line in lines:
+                entry = self.entry(column, (line[0],))
+                line += [entry.ours, entry.paper][:count]
+        return markdown(heads, lines)
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str:
