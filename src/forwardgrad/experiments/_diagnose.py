@@ -73,14 +73,7 @@ def run_diagnose(options: DiagnoseOptions) -> dict[str, Diagnosis]:
         config.algorithm: diagnosis_of(problem(config, network), config.seed, options.samples)
         for config in configs
     }
-    entries = [
-        {
-            "algorithm": config.algorithm,
-            **{k: getattr(config, k) for k in _OF_THE_ESTIMATOR},
-            **diagnoses[config.algorithm].as_json(),
-        }
-        for config in configs
-    ]
+    entries = [{"algorithm": name, **found.as_json()} for name, found in diagnoses.items()]
     settings = {k: getattr(base, k) for k in ("task", "dataset", "network", "batch_size", "seed")}
     settings["weights"] = "initial" if options.run is None else f"of run {options.run.name}"
     header = {"experiment": "diagnose", "options": settings, **provenance()}
@@ -90,7 +83,6 @@ def run_diagnose(options: DiagnoseOptions) -> dict[str, Diagnosis]:
     return diagnoses
 
 
-_OF_THE_ESTIMATOR = ("tangents", "distribution", "structure", "rank", "clip", "exact_last")
 _OF_THE_ALGORITHM = ("learning_rate", "momentum", "tangents", "exact_last")
 
 
