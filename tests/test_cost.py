@@ -141,8 +141,10 @@ def test_memory_of_contrastive_losses():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "share"), [("lg-fg-a", 0.4), ("lg-fg-w", 0.25), ("lg-bp", 0.8)])
-def test_memory_of_greedy_losses_does_not_grow_with_blocks(name, share):
-    assert mixer_temp(name, 8) <= 1.2 * mixer_temp(name, 4)
+@pytest.mark.parametrize(
+    ("name", "share", "blocks"), [("lg-fg-a", 0.4, 4), ("lg-fg-w", 0.25, 4), ("lg-bp", 0.8, 8)]
+)
+def test_memory_of_greedy_losses_does_not_grow_with_blocks(name, share, blocks):
+    assert mixer_temp(name, blocks) <= 1.2 * mixer_temp(name, blocks // 2)
     assert mixer_temp(name, 4) <= share * mixer_temp("bp", 4)
-    assert mixer_temp("bp", 8) > 1.5 * mixer_temp("bp", 4)
+    assert mixer_temp("bp", 4) > 1.5 * mixer_temp("bp", 2)
