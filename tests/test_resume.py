@@ -465,10 +465,20 @@ def command(out: Path) -> list[str]:
     return [sys.executable, "-m", "forwardgrad", "train", *options.split()]
 
 
-def start(out: Path) -> subprocess.Popen:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """An environment in which processes find what others have compiled."""
+    folder = tmp_path_factory.mktemp("compiled")
+    limits = ("MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES")
+    settings = {f"JAX_PERSISTENT_CACHE_{name}": "0" for name in limits}
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder), **settings}
+
+
+def start(out: Path, env: dict[str, str]) -> subprocess.Popen:
     """The command, when it has stored its first checkpoint."""
     before = checkpoints(out)
-    process = subprocess.Popen(command(out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command(out), env=env, **pipes)
     deadline = time.monotonic() + 120
     while process.poll() is None and set(checkpoints(out)) <= set(before):
         assert time.monotonic() < deadline, "the run does not begin"
@@ -477,11 +487,11 @@ def start(out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_five_kills_and_an_uninterrupted_run_end_with_the_same_bits(tmp_path):
+def test_five_kills_and_an_uninterrupted_run_end_with_the_same_bits(tmp_path, compiled):
     rng = np.random.default_rng(0)
     steps = set()
     for _ in range(5):
-        process = start(tmp_path / "killed")
+        process = start(tmp_path / "killed", compiled)
         time.sleep(rng.uniform(0, 0.6))
         process.kill()
         assert process.wait() == -signal.SIGKILL, "finished before it could be killed"
@@ -489,14 +499,14 @@ def test_five_kills_and_an_uninterrupted_run_end_with_the_same_bits(tmp_path):
         steps.add(bits(tmp_path / "killed")[0][".step"])
     assert len(steps) == 5
     for out in (tmp_path / "killed", tmp_path / "whole"):
-        subprocess.run(command(out), check=True, capture_output=True)
+        subprocess.run(command(out), env=compiled, check=True, capture_output=True)
     assert bits(tmp_path / "killed") == bits(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_stops_at_a_signal(tmp_path, number):
-    process = start(tmp_path / "run")
+def test_the_command_stops_at_a_signal(tmp_path, compiled, number):
+    process = start(tmp_path / "run", compiled)
     process.send_signal(number)
     out, err = (text.decode() for text in process.communicate(timeout=60))
     assert process.returncode == 128 + number
