@@ -481,6 +481,20 @@ def meets_itself(m: Maker, n: int):
 
 
 @operation
+def stopped(m: Maker, n: int):
+    """What meets a weight, and is then a constant: vector quantisation, straight-through."""
+    use = m.choose(
+        (
+            lambda h, e: h + jax.lax.stop_gradient(e - h),
+            lambda h, e: jax.lax.stop_gradient(h * e) + h - e,
+            lambda h, e: e + jax.lax.stop_gradient(e + h - e),
+        )
+    )
+    i = m.weight(3, n)
+    return lambda ws, h, plain: use(h, ws[i][jnp.argmax(h, axis=1) % 3]), n
+
+
+@operation
 def complex_numbers(m: Maker, n: int):
     """Complex weights, activations and transforms."""
     k = m.choose(WIDTHS)

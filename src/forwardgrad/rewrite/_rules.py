@@ -280,7 +280,8 @@ def _same_layout(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence
 
 @rule("stop_gradient")
 def _stop_gradient(walk: Walk, eqn: JaxprEqn, invals: Sequence[Value]) -> Sequence[Value]:
-    return [invals[0].value]
+    # The value may have a tangent too, of data that were added.
+    return evaluate(eqn, [invals[0].value])
 
 
 @rule("neg")
