@@ -17,15 +17,16 @@ import tyro
 
 from forwardgrad.experiments import Step
 from forwardgrad.networks import LocalMixer, Size
-from forwardgrad.training import ALGORITHMS, TrainConfig, resolve
+from forwardgrad.training import ALGORITHMS
+from forwardgrad.training._config import fitting
 from measure import Options, run
 
 GROWING = ("bp", "lg-bp", "lg-fg-w", "lg-fg-a")
 CASES: dict[str, tuple[int, str, tuple[str, ...]]] = {
-    "m/8/16, 4 blocks": (4, "supervised", tuple(ALGORITHMS)),
+    "m/8/16, 4 blocks": (4, "supervised", ALGORITHMS),
     "m/8/16, 8 blocks": (8, "supervised", GROWING),
     "m/8/16, 16 blocks": (16, "supervised", GROWING),
-    "m/8/16, contrastive": (4, "contrastive", tuple(ALGORITHMS)),
+    "m/8/16, contrastive": (4, "contrastive", ALGORITHMS),
 }
 """Blocks, task, and what to measure."""
 
@@ -40,9 +41,8 @@ def steps_of(blocks: int, task: str, algorithms: tuple[str, ...]) -> dict[str, S
     labels = jax.random.randint(jax.random.key(2), (128,), 0, 10)
 
     def step(name: str, forward_only: bool = False) -> Step:
-        config = resolve(TrainConfig(task=task, algorithm=name, tangents=1))
-        objective = ALGORITHMS[name].objective(config)
-        estimator = ALGORITHMS[name].estimator(config)
+        config = fitting(task=task, algorithm=name, tangents=1)
+        objective, estimator = config.objective, config.estimator
 
         def loss(params, images, labels):
             losses, _ = objective(eqx.combine(params, static), images, labels)

@@ -10,7 +10,7 @@ import pytest
 import forwardgrad as fg
 from forwardgrad.networks import LocalMixer, Size, build
 from forwardgrad.objectives import two_views
-from forwardgrad.training import ALGORITHMS, TrainConfig, resolve
+from forwardgrad.training import ALGORITHMS, configure
 
 SHAPE, CLASSES = (8, 8, 1), 3
 MADE = {"image_shape": SHAPE, "classes": CLASSES, "key": jax.random.key(0)}
@@ -44,10 +44,10 @@ def data():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_contrastive(name):
     """Every algorithm brings two views of an image together, and its readout finds the classes."""
-    config = resolve(TrainConfig(task="contrastive", algorithm=name, network="s/2/4"))
-    estimator, objective = ALGORITHMS[name].estimator(config), ALGORITHMS[name].objective(config)
+    config = configure(task="contrastive", algorithm=name, network="s/2/4")
+    estimator, objective = config.estimator, config.objective
     network = LocalMixer(
-        SHAPE, Size(16, 2, 2, 2), CLASSES, key=jax.random.key(0), projection=config.projection
+        SHAPE, Size(16, 2, 2, 2), CLASSES, key=jax.random.key(0), projection=config.sizes.projection
     )
     params, static = eqx.partition(network, eqx.is_inexact_array)
     first, labels = data()
@@ -89,8 +89,8 @@ def test_conformance(name, network):
     """The gradient looks like the parameters, is compiled once, and leads downhill."""
     params, static = eqx.partition(NETWORKS[network], eqx.is_inexact_array)
     images, labels = data()
-    config, traces = resolve(TrainConfig(algorithm=name)), 0
-    estimator, objective = ALGORITHMS[name].estimator(config), ALGORITHMS[name].objective(config)
+    config, traces = configure(algorithm=name), 0
+    estimator, objective = config.estimator, config.objective
     if (name, network) == ("l-fa", "cnn"):
         # With the feedback weights of one seed in five, it leaves before it gets anywhere.
         estimator = fg.FeedbackAlignment(seed=2)

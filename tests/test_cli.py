@@ -19,7 +19,7 @@ from forwardgrad.cli import _data, _diagnose, _main, _sheet, _train, main
 from forwardgrad.cli._data import DESCRIPTION, ShowOptions
 from forwardgrad.data import load
 from forwardgrad.experiments import DiagnoseOptions
-from forwardgrad.training import TrainConfig
+from forwardgrad.training._config import Settings, options_of, preset
 
 QUICK = "--network logreg --algorithm bp --iterations 3"
 
@@ -72,25 +72,34 @@ def test_version(command):
     assert command("--version") == (0, f"forwardgrad {forwardgrad.__version__}\n", "")
 
 
-def test_the_options_of_train_are_explained(command):
-    code, out, _ = command("train --help")
+@pytest.mark.parametrize("algorithm", ["bp", "fa", "lg-fg-w", "fg-a"])
+def test_the_options_of_train_are_explained(command, algorithm):
+    """Those that the algorithm has, each with a text and with its own default."""
+    code, out, _ = command(f"train --algorithm {algorithm} --help")
     assert code == 0
-    for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')}" in out
+    text = " ".join(out.partition("show this help")[2].replace("│", "").split())
+    for name, value in options_of(preset(algorithm=algorithm)).items():
+        flag = name.replace("_", "-")
+        said = re.search(rf" --{flag}[ ,].*?\(default: (.*?)\)", text)
+        assert said is not None, name
+        assert said[1] == str(value), name
     assert "examples:" in out
+    assert "--greedy" not in out
 
 
 def test_every_setting_has_a_help_text():
-    text = Path(sys.modules[TrainConfig.__module__].__file__).read_text()
-    for field in dataclasses.fields(TrainConfig):
-        assert re.search(rf'\n    {field.name}: [^\n]*\n    """\w', text), field.name
+    text = Path(sys.modules[Settings.__module__].__file__).read_text()
+    for kind in Settings.__subclasses__():
+        for field in dataclasses.fields(kind):
+            if not isinstance(field.type, type) or not dataclasses.is_dataclass(field.type):
+                assert re.search(rf'\n    {field.name}: [^\n]*\n    """\w', text), field.name
 
 
 def test_the_examples_of_the_help_are_valid():
     examples = re.findall(r"^  forwardgrad train(.*)$", _train.DESCRIPTION, re.M)
     assert len(examples) >= 3
     for example in examples:
-        tyro.cli(TrainConfig, args=shlex.split(example))
+        _train.read_options(shlex.split(example))
 
 
 def test_help_imports_none_of_the_libraries_for_training():
@@ -127,10 +136,12 @@ def test_an_unknown_command(refused):
     [
         ("train --epochs many", "many"),
         ("train --epochs 0", "epochs must be at least 1, got 0"),
-        ("train --learning-rate -1", "learning_rate must be positive and finite, got -1.0"),
+        ("train --learning-rate -1", "learning_rate must be more than 0.0, got -1.0"),
         ("train --optimizer adm", "adm"),
         ("train --colour red", "--colour"),
         ("train extra", "extra"),
+        ("train --algorithm bp --tangents 4", "tangents is not a setting of algorithm 'bp'"),
+        ("train --no-groupwise", "groupwise is not a setting of algorithm 'fg-w'"),
     ],
 )
 def test_options_that_cannot_be_read(command, line, match):
@@ -286,7 +297,7 @@ def test_diagnose_the_weights_of_a_run(command, refused):
         ("--network cn", "network 'cn' is unknown; did you mean 'cnn'"),
         ("--run nowhere", "folder nowhere holds no run"),
         ("--network logreg --batch-size 5000", "batch_size (=5000) is larger than the training"),
-        ("--tangents 0", "tangents must be at least 1, got 0"),
+        ("--tangents 0", "tangents must be an integer of at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_diagnosed(refused, options, match):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from forwardgrad.cli import main
-from forwardgrad.training import TrainConfig, fit
+from forwardgrad.training import configure, fit
 
 RESULTS = Path(__file__).parents[1] / "results"
 SECONDS = 60
@@ -105,7 +105,7 @@ def whole(tmp_path_factory):
     """A finished run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     settings = {"task": "contrastive", "network": "mlp", "width": 8, "algorithm": "bp"}
-    fit(TrainConfig(**settings, iterations=1, batch_size=8, out=out))
+    fit(configure(**settings, iterations=1, batch_size=8, out=out))
     return out
 
 

@@ -17,7 +17,8 @@ from forwardgrad._moments import row as row_of
 from forwardgrad.experiments._theory import activity_variances, weight_variances
 from forwardgrad.networks import LocalMixer, Size
 from forwardgrad.objectives import GlobalLoss, LocalLoss
-from forwardgrad.training import Problem, TrainConfig, problem
+from forwardgrad.training import Problem, configure, problem
+from forwardgrad.training._config import options_of
 
 KEY = jax.random.key(7)
 TARGET = {"a": jnp.arange(1.0, 7.0).reshape(2, 3), "b": jnp.array([-2.0, 3.0])}
@@ -370,11 +371,11 @@ def test_cost_is_that_of_the_compiled_gradients():
 
 
 def test_problem_is_the_first_step_of_a_run():
-    config = TrainConfig(network="logreg", algorithm="bp", batch_size=32, seed=3)
+    config = configure(network="logreg", algorithm="bp", batch_size=32, seed=3)
     step = problem(config)
     assert step.batch[0].shape == (32, 8, 8, 1)
     assert isinstance(step.estimator, fg.Backpropagation)
-    other = problem(dataclasses.replace(config, algorithm="fg-w"))
+    other = problem(configure(**{**options_of(config), "algorithm": "fg-w"}))
     assert other.estimator.tangents == 16
     for a, b in zip(
         jax.tree.leaves((step.params, step.batch)),

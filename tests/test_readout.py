@@ -1,6 +1,5 @@
 """Contrastive runs, and the readout that is fitted on their features."""
 
-import dataclasses
 import json
 
 import equinox as eqx
@@ -12,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from data_helpers import write_pair
 from forwardgrad import InputError
 from forwardgrad.cli import main
-from forwardgrad.training import TrainConfig, fit, fit_readout, load_run
+from forwardgrad.training import configure, fit, fit_readout, load_run
 from forwardgrad.training._readout import REGULARISATION
 
 SETTINGS = {
@@ -29,7 +28,7 @@ SETTINGS = {
 def run(tmp_path_factory):
     """A finished contrastive run with its summary."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    return out, fit(TrainConfig(**SETTINGS, out=out)).result
+    return out, fit(configure(**SETTINGS, out=out)).result
 
 
 def test_a_contrastive_run_leaves_what_any_run_does(run):
@@ -59,7 +58,7 @@ def test_a_contrastive_run_in_pieces_ends_with_the_same_bits(run, tmp_path, monk
             session._stop(2)
 
     monkeypatch.setattr(_loop._Session, "_report", stop)
-    config = TrainConfig(**SETTINGS, out=tmp_path / "run", resume=True)
+    config = configure(**SETTINGS, out=tmp_path / "run", resume=True)
     for _ in range(2):
         with pytest.raises(Interrupted):
             fit(config)
@@ -103,7 +102,7 @@ def test_untrained_features_are_those_of_the_seed(run, tmp_path):
     """Another run of the same seed had the same network before its training."""
     out, _ = run
     other = tmp_path / "other"
-    fit(TrainConfig(**{**SETTINGS, "algorithm": "bp", "iterations": 1}, out=other))
+    fit(configure(**{**SETTINGS, "algorithm": "bp", "iterations": 1}, out=other))
     first, second = (fit_readout(x, examples=300, untrained=True) for x in (out, other))
     assert first.test_error == second.test_error
     assert first.algorithm == "untrained"
@@ -112,7 +111,7 @@ def test_untrained_features_are_those_of_the_seed(run, tmp_path):
 
 def test_runs_that_have_no_readout(run, tmp_path, capsys):
     supervised = tmp_path / "supervised"
-    fit(TrainConfig(network="logreg", algorithm="bp", iterations=1, out=supervised))
+    fit(configure(network="logreg", algorithm="bp", iterations=1, out=supervised))
     with pytest.raises(InputError, match=r"has task .supervised.*for runs of task .contrastive."):
         fit_readout(supervised)
     with pytest.raises(InputError, match="holds no run"):
@@ -142,26 +141,25 @@ def test_too_few_examples_for_a_batch(tmp_path):
     folder = write_pair(tmp_path / "set", train=12, test=6, channels=3)
     settings = {**SETTINGS, "dataset": str(folder), "network": "mlp", "out": tmp_path / "run"}
     with pytest.raises(InputError, match=r"batch_size \(=128\) is larger than the training set"):
-        fit(TrainConfig(**settings))
+        fit(configure(**settings))
     # Colours and odd sizes are no hindrance.
-    summary = fit(TrainConfig(**{**settings, "batch_size": 6, "width": 8})).result
+    summary = fit(configure(**{**settings, "batch_size": 6, "width": 8})).result
     assert summary.steps == 2
 
 
 def test_learning_rate_scales_with_the_batch():
-    from forwardgrad.training import resolve
     from forwardgrad.training._setup import schedule
 
-    config = resolve(TrainConfig(**SETTINGS, learning_rate=0.2, schedule="constant"))
+    config = configure(**SETTINGS, learning_rate=0.2, schedule="constant")
     assert float(schedule(config, 10)(0)) == pytest.approx(0.2)
-    scaled = dataclasses.replace(config, scale_learning_rate=True)
+    scaled = configure(**SETTINGS, learning_rate=0.2, schedule="constant", scale_learning_rate=True)
     assert float(schedule(scaled, 10)(0)) == pytest.approx(0.1)
 
 
 def test_lars_scales_matrices_to_their_norm_and_leaves_biases():
     from forwardgrad.training._setup import optimiser
 
-    config = TrainConfig(optimizer="lars", learning_rate=0.5, schedule="constant", momentum=0.0)
+    config = configure(optimizer="lars", learning_rate=0.5, schedule="constant", momentum=0.0)
     transformation = optimiser(config, 10)
     params = {"W": np.full((2, 2), 3.0, np.float32), "b": np.ones(2, np.float32)}
     grads = {"W": np.full((2, 2), 0.01, np.float32), "b": np.full(2, 0.01, np.float32)}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from forwardgrad import InputError
 from forwardgrad.cli import main
+from forwardgrad.cli._train import read_options
 from forwardgrad.experiments import COMPARE, EXPERIMENTS
 from forwardgrad.experiments._tables import ALGORITHMS, TABLE3_COLUMNS
 from forwardgrad.report import write_report
@@ -26,7 +27,8 @@ from forwardgrad.report._page import read, write
 from forwardgrad.report._plots import costs, curves, pareto
 from forwardgrad.report._table import HEADS, progress
 from forwardgrad.results import Place
-from forwardgrad.training import TrainConfig
+from forwardgrad.training import configure
+from forwardgrad.training._config import options_of
 
 DATE = "2026-01-02T03:04:05+00:00"
 ORIGIN = {
@@ -67,7 +69,7 @@ def store_table(folder, cells, experiment="table3", **options):
 
 def store_run(folder, *, end="finished", epochs=3, error=5.0, extra=None, **settings):
     settings = {"epochs": epochs, "learning_rate": 0.1, "momentum": 0.9, **settings}
-    config = {**vars(TrainConfig(**settings, out=Path("elsewhere"))), **(extra or {})}
+    config = {**options_of(configure(**settings, out=Path("elsewhere"))), **(extra or {})}
     store(folder / "config.json", config)
     done = epochs if end == "finished" else 1
     lines = [
@@ -163,7 +165,10 @@ def test_nothing_is_refused():
 DAMAGED = {
     "a/config.json": ("{", "a/config.json is damaged"),
     "b/summary.json": ("[]", "b/config.json is missing"),
-    "c/config.json": ('{"dataset": 3}', "c/config.json is damaged: expected `str`, got `int`"),
+    "c/config.json": (
+        '{"dataset": 3}',
+        "c/config.json is damaged or of another version: dataset must be str, got 3",
+    ),
     "table3.json": ('{"experiment": "table3", "cells": [', "table3.json is damaged"),
     "table4.json": ('{"experiment": "table4", "cells": []}', "missing required field `options`"),
     "compare.json": (
@@ -383,10 +388,10 @@ def test_the_command_continues_the_run(name):
     (run,) = read(["runs"], DATE).unfinished
     program, verb, *words = shlex.split(run.command)
     assert (program, verb) == ("forwardgrad", "train")
-    config = tyro.cli(TrainConfig, args=words)
+    config = read_options(words)
     usual = {"epochs": 3, "learning_rate": 0.1, "momentum": 0.9}
     wanted = {**usual, **settings, "out": Path("runs/a b"), "resume": True}
-    assert config == TrainConfig(**wanted)
+    assert config == configure(**wanted)
     assert "--network" not in words, "a default"
     assert "interrupted, or still running, after 1 of 3 epochs." in progress(run)
 
@@ -412,11 +417,9 @@ def test_a_run_of_another_version_is_said_so(extra):
 def test_all_runs_has_the_cells_that_have_no_folder_of_their_own():
     column = "mnist s/1/1"
     store_table(Path("t"), [cell(column, "bp", seed) for seed in (0, 1)], seeds=2)
-    task = {"task": "contrastive"}
-    store_run(
-        Path("t/runs/x"), dataset="mnist", network="s/1/1", algorithm="bp", seed=1, extra=task
-    )
-    store_run(Path("alone"), dataset="mnist", network="s/1/1", algorithm="bp", seed=1)
+    run = {"dataset": "mnist", "network": "s/1/1", "algorithm": "bp", "seed": 1}
+    store_run(Path("t/runs/x"), task="contrastive", **run)
+    store_run(Path("alone"), **run)
     report = read(["t", "alone"], DATE)
     assert [(run[2], run[-1]) for run in report.runs] == [
         ("1", "t/runs/x"),
@@ -435,7 +438,7 @@ def test_curves_are_grouped_by_task_data_set_and_network():
     store_run(Path("runs/fg"), algorithm="fg-w", tangents=1)
     store_run(Path("runs/fg2"), algorithm="fg-w", tangents=8)
     store_run(Path("runs/other"), network="cnn")
-    store_run(Path("runs/task"), extra={"task": "contrastive"})
+    store_run(Path("runs/task"), task="contrastive")
     store_run(Path("runs/begun"), end="diverged", network="logreg", epochs=5)
     groups = {group.title: group for group in curves(collect([Path("runs")]))}
     assert set(groups) == {"digits mlp", "digits cnn", "contrastive digits mlp", "digits logreg"}
@@ -532,7 +535,7 @@ def _store_everything():
         run = Path(f"runs/{algorithm}{seed}")
         store_run(run, dataset=HOSTILE, network="m/1/16", algorithm=algorithm, seed=seed)
     store_run(Path(f"runs/{HOSTILE.replace('/', '')}"), end="unfinished", dataset=HOSTILE)
-    store_run(Path("runs/bad"), end="diverged", algorithm=f"_{HOSTILE}\x00")
+    store_run(Path("runs/bad"), end="diverged", network=f"_{HOSTILE}\x00")
     cells = [cell(f"{HOSTILE} m/1/16", name, 0, i + 1.0) for i, name in enumerate(("bp", HOSTILE))]
     store_table(Path("runs/compare"), cells, "compare", dataset=HOSTILE, algorithms=["bp", "fa"])
     store_table(Path("runs/t"), [cell("mnist s/1/1", n, 0, 2.0, 9.0) for n in ("bp", "fa")])

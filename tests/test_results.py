@@ -19,7 +19,6 @@ from forwardgrad.results import (
     Table,
     TableCell,
     as_line,
-    fields,
     look,
     over_seeds,
     read,
@@ -27,7 +26,9 @@ from forwardgrad.results import (
     without_none,
     write,
 )
-from forwardgrad.training import TrainConfig, read_run
+from forwardgrad.training import configure, read_run
+from forwardgrad.training._config import options_of
+from forwardgrad.training._folder import load_config
 
 RESULTS = Path(__file__).parents[1] / "results"
 WHAT = {"task": "contrastive", "algorithm": "bp", "network": "mlp", "dataset": "digits", "seed": 1}
@@ -38,7 +39,6 @@ RECORDS = [
     Readout.here(**WHAT, **ERRORS, features=8, examples=9, limit=None, converged=True),
     Measurement(event="epoch", epoch=1.5, step=3, loss=0.25),
     TableCell(column="a b", algorithm="bp", seed=0, test_error=2.0),
-    TrainConfig(clip=None, width=3, out=Path("a/b"), data_dir=Path("c")),
     Origin.here(),
 ]
 
@@ -48,7 +48,7 @@ def test_what_is_written_is_read_back(tmp_path, record):
     path = tmp_path / "a.json"
     write(path, record)
     assert json.loads(path.read_text())["version"] == VERSION
-    assert read(path, type(record), known=True) == record
+    assert read(path, type(record)) == record
     if isinstance(record, Measurement | TableCell):  # of the others, None may not be left out
         path.write_text(as_line(record))
         assert read_lines(path, type(record)) == ((record,), None)
@@ -76,16 +76,28 @@ def test_a_newer_version_is_refused_and_an_older_one_read(tmp_path):
     assert read(path, Summary) == dataclasses.replace(RECORDS[0], task="supervised")
 
 
-def test_fields_are_those_of_the_type(tmp_path):
-    """A setting that is not known is not passed over, where settings decide what is done."""
-    path = tmp_path / "a.json"
-    path.write_text('{"dataset": "digits", "colour": "red"}')
-    assert fields(read(path, TrainConfig)) == fields(TrainConfig())
-    with pytest.raises(InputError, match="of another version: 'colour' is not known"):
-        read(path, TrainConfig, known=True)
-    path.write_text('{"epochs": 0}')
-    with pytest.raises(InputError, match=r"a.json is damaged: epochs must be at least 1, got 0"):
-        read(path, TrainConfig)
+def test_settings_are_read_back(tmp_path):
+    config = configure(clip=None, width=3, out=Path("a/b"), data_dir=Path("c"))
+    write(tmp_path / "config.json", options_of(config))
+    assert load_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        # One that is not known is not passed over: settings decide what is done.
+        ('{"dataset": "digits", "colour": "red"}', "another version: setting 'colour' is unknown"),
+        ('{"epochs": 0}', "config.json is damaged or of another version: epochs must be at least"),
+        ('{"epochs": "3"}', "epochs must be int, got '3'"),
+        ('{"algorithm": "fg-a", "tangents": 2.5}', "tangents must be int, got 2.5"),
+        ('{"algorithm": ["bp"]}', "algorithm must be str, got "),
+        ("[]", "config.json is damaged: expected `object`, got `array`"),
+    ],
+)
+def test_settings_that_are_damaged(tmp_path, text, match):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=match):
+        load_config(tmp_path)
 
 
 def test_lines_before_the_first_that_is_damaged(tmp_path):
@@ -133,4 +145,4 @@ def test_an_algorithm_has_one_look():
 
 def test_a_folder_whose_name_is_no_text():
     with pytest.raises(InputError, match="out must be a printable name in UTF-8, got "):
-        TrainConfig(out=Path(os.fsdecode(b"run-\xff")))
+        configure(out=Path(os.fsdecode(b"run-\xff")))

@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -26,6 +25,7 @@ from forwardgrad.training import (
     _folder,
     _loop,
     _setup,
+    configure,
     fit,
     load_run,
     read_run,
@@ -35,13 +35,14 @@ from forwardgrad.training._interrupt import StopRequest
 from forwardgrad.training._setup import Setup
 
 STEPS = 1437 // 64
-SMALL = TrainConfig(
-    network="mlp", width=16, algorithm="fg-w", tangents=2, learning_rate=1e-3, epochs=3, log_every=7
-)
+SMALL = {
+    "network": "mlp", "width": 16, "algorithm": "fg-w", "tangents": 2, "learning_rate": 1e-3,
+    "epochs": 3, "log_every": 7,
+}  # fmt: skip
 
 
 def small(out: Path, **settings) -> TrainConfig:
-    return dataclasses.replace(SMALL, out=out, **settings)
+    return configure(**{**SMALL, "out": out, **settings})
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -311,7 +312,7 @@ def test_a_folder_has_one_process_at_a_time(whole, halfway):
 
 def test_two_processes_without_a_name_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = dataclasses.replace(SMALL, out=None)
+    config = configure(**SMALL)
     folder = _folder.find_folder(config)[0]
     assert _folder.make_folder(config, folder) == folder
     assert _folder.make_folder(config, folder) == folder.with_name(f"{folder.name}-2")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from forwardgrad import InputError
 from forwardgrad.cli import _surroundings, main
-from forwardgrad.training import Interrupted, TrainConfig, _progress, fit
+from forwardgrad.training import Interrupted, _progress, configure, fit
 
 QUICK = ["train", "--network", "mlp", "--width", "8", "--algorithm", "fg-a", "--iterations", "3"]
 
@@ -76,7 +76,7 @@ def test_a_run_does_not_depend_on_the_environment():
     there = json.loads(Path("out-é/summary.json").read_text())
     with jax.default_matmul_precision("default"):
         config = {"network": "mlp", "width": 8, "algorithm": "fg-a", "iterations": 3}
-        here = fit(TrainConfig(**config, out=Path("here")))
+        here = fit(configure(**config, out=Path("here")))
     assert {k: there[k] for k in ("train_loss", "test_error")} == {
         k: getattr(here.result, k) for k in ("train_loss", "test_error")
     }
@@ -161,7 +161,7 @@ def test_seeds_that_would_be_those_of_others(refused, command, seed):
 @pytest.mark.parametrize("name", ["epochs", "iterations", "warmup", "tangents", "width"])
 def test_sizes_that_jax_cannot_count(name):
     with pytest.raises(InputError, match=f"{name} must be at most 2147483647, got 10000000000"):
-        TrainConfig(**{name: 10**10})
+        configure(**{name: 10**10})
 
 
 def test_more_steps_than_jax_can_count(refused):
@@ -171,7 +171,7 @@ def test_more_steps_than_jax_can_count(refused):
 def test_a_tilde_is_the_home(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert main(["data", "show", "--images", "2", "--out=~/sheet.png"]) == 0
-    assert TrainConfig(out=Path("~/run")).out == tmp_path / "home" / "run"
+    assert configure(out=Path("~/run")).out == tmp_path / "home" / "run"
     assert [f.name for f in tmp_path.iterdir()] == ["home"]
     assert f"picture: {tmp_path}/home/sheet.png" in capsys.readouterr().out.replace("\n", "")
 
@@ -196,7 +196,7 @@ def test_paths_that_are_none(refused, arguments, match):
 def test_out_of_train_is_checked_for_all_callers():
     for out in ("gs://b/x", "~nobody-here/x", os.fsdecode(b"\xff"), "a\nb"):
         with pytest.raises(InputError, match="out "):
-            TrainConfig(out=Path(out))
+            configure(out=Path(out))
 
 
 # The progress line

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import errno
 import functools
 import itertools
@@ -21,10 +22,10 @@ from forwardgrad.augmentation import build as build_augmentation
 from forwardgrad.networks import build
 from forwardgrad.objectives import GlobalLoss
 from forwardgrad.results import Measurement
-from forwardgrad.training import ALGORITHMS, TrainConfig, _batches, _setup, fit, load_run
-from forwardgrad.training._algorithms import resolve
+from forwardgrad.training import TrainConfig, _batches, _setup, configure, fit, load_run
+from forwardgrad.training._algorithms import ESTIMATORS
 from forwardgrad.training._batches import BATCH, Inputs, make_error, make_feeds
-from forwardgrad.training._config import Optimizer
+from forwardgrad.training._config import Optimizer, fitting, options_of
 from forwardgrad.training._metrics import Metrics
 from forwardgrad.training._setup import optimiser, schedule
 from forwardgrad.training._state import initial_state, make_advance, slow_in_loops
@@ -34,7 +35,7 @@ STEPS = 1437 // 64
 
 def small(**settings) -> TrainConfig:
     """A run of the smallest network on digits, a second or two."""
-    return TrainConfig(**{"network": "logreg", "algorithm": "bp", "epochs": 2, **settings})
+    return configure(**{"network": "logreg", "algorithm": "bp", "epochs": 2, **settings})
 
 
 def lines(folder: Path, event: str | None = None) -> list[dict]:
@@ -75,17 +76,17 @@ def same(a, b) -> bool:
         ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
         ({"seed": 2**32}, "seed must be from 0 to 4294967295, got 4294967296"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"tangents": 0}, "tangents must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
-        ({"clip": float("inf")}, "clip must be positive and finite, got inf"),
-        ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
+        ({"tangents": 0}, "tangents must be an integer of at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be more than 0.0, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be more than 0.0, got nan"),
+        ({"clip": 0.0}, "clip must be positive or None, got 0.0"),
+        ({"momentum": 1.0}, "momentum must be below 1.0, got 1.0"),
         ({"momentum": 0.9, "optimizer": "adam"}, "momentum .* not a setting of optimizer 'adam'"),
         ({"optimizer": "adm"}, "optimizer 'adm' is unknown; did you mean 'adam'"),
         ({"schedule": "cosin"}, "schedule 'cosin' is unknown; did you mean 'cosine'"),
         ({"distribution": "gauss"}, "distribution 'gauss' is unknown"),
         ({"task": "contrast"}, "task 'contrast' is unknown; did you mean 'contrastive'"),
-        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"task": "contrastive", "temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"accumulate": 3}, r"accumulate \(=3\) must divide batch_size, which is 64"),
         (
             {"task": "contrastive", "accumulate": 2},
@@ -104,16 +105,31 @@ def same(a, b) -> bool:
 )
 def test_settings_out_of_range(settings, match):
     with fails(match):
-        TrainConfig(**settings)
+        configure(**settings)
 
 
 def test_an_algorithm_fills_in_what_is_not_set():
-    defaults = ALGORITHMS["fg-w"].defaults
-    assert resolve(TrainConfig()).tangents == defaults["tangents"]
-    assert resolve(TrainConfig()).learning_rate == defaults["learning_rate"]
-    assert resolve(TrainConfig(learning_rate=0.5)).learning_rate == 0.5
-    assert resolve(TrainConfig(algorithm="bp")).momentum == 0.9
-    assert resolve(TrainConfig(algorithm="bp", optimizer="adam")).momentum == 0.0
+    row = ESTIMATORS["fg-w"]
+    assert configure().estimator == row.estimator
+    assert configure(tangents=3).estimator == dataclasses.replace(row.estimator, tangents=3)
+    assert configure().optimisation.learning_rate == row.defaults["learning_rate"]
+    assert configure(learning_rate=0.5).optimisation.learning_rate == 0.5
+    assert configure(algorithm="bp").optimisation.momentum == 0.9
+    assert configure(algorithm="bp", optimizer="adam").optimisation.momentum == 0.0
+    mixer = configure(task="contrastive", algorithm="lg-fg-a", network="m/8/16", temperature=0.1)
+    assert mixer.objective == objectives.LocalLoss(objectives.Contrastive(0.1))
+    assert (mixer.estimator.tangents, mixer.optimisation.learning_rate) == (1, 0.05)
+    assert mixer.images.augment == "simclr"
+
+
+def test_settings_of_another_algorithm():
+    with fails("tangents is not a setting of algorithm 'bp' for task 'supervised'"):
+        configure(algorithm="bp", tangents=2)
+    assert fitting(algorithm="bp", tangents=2) == configure(algorithm="bp")
+    with fails("setting 'tangent' is unknown; did you mean 'tangents'"):
+        fitting(tangent=2)
+    with fails("objective and estimator must be those of algorithm 'fg-w'"):
+        dataclasses.replace(configure(algorithm="bp"), algorithm="fg-w")
 
 
 @pytest.mark.parametrize(
@@ -125,14 +141,14 @@ def test_an_algorithm_fills_in_what_is_not_set():
 )
 def test_unknown_algorithms(name, match):
     with fails(match):
-        resolve(TrainConfig(algorithm=name))
+        configure(algorithm=name)
 
 
 # Optimisers and schedules
 
 
 def rates(steps: int, at: list[int], **settings) -> np.ndarray:
-    rate = schedule(TrainConfig(learning_rate=0.5, **settings), steps)
+    rate = schedule(configure(learning_rate=0.5, **settings), steps)
     return np.array([rate(i) for i in at])
 
 
@@ -154,7 +170,7 @@ def test_warm_up_comes_before_the_schedule():
 @pytest.mark.parametrize("name", Optimizer.__args__)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_every_optimiser_descends(name, weight_decay):
-    config = TrainConfig(
+    config = configure(
         optimizer=name, learning_rate=0.05, schedule="constant", weight_decay=weight_decay
     )
     transformation = optimiser(config, 100)
@@ -167,7 +183,7 @@ def test_every_optimiser_descends(name, weight_decay):
 
 
 def test_sgd_with_momentum_and_weight_decay_by_hand():
-    config = TrainConfig(learning_rate=0.1, schedule="constant", momentum=0.5, weight_decay=0.01)
+    config = configure(learning_rate=0.1, schedule="constant", momentum=0.5, weight_decay=0.01)
     transformation = optimiser(config, 10)
     w, grad, velocity = jnp.array([1.0]), jnp.array([2.0]), 0.0
     state = transformation.init(w)
@@ -403,9 +419,9 @@ def test_a_run_leaves_its_files(run):
 
 def test_the_stored_settings_are_the_resolved_ones(run):
     stored = json.loads((run[0] / "config.json").read_text())
-    assert stored["learning_rate"] == ALGORITHMS["bp"].defaults["learning_rate"]
+    assert stored["learning_rate"] == ESTIMATORS["bp"].defaults["learning_rate"]
     assert stored["log_every"] == 5
-    assert set(stored) == {*TrainConfig.__dataclass_fields__, "version"}
+    assert set(stored) == {*options_of(configure(algorithm="bp")), "version"}
 
 
 def test_metrics_lines(run):
@@ -516,7 +532,7 @@ def test_the_default_folder_is_named_after_the_run(tmp_path, monkeypatch):
 
 def test_divergence_is_one_sentence_and_keeps_the_last_finite_checkpoint(tmp_path):
     out = tmp_path / "run"
-    config = TrainConfig(
+    config = configure(
         network="mlp", width=16, algorithm="bp", learning_rate=1e3, schedule="linear",
         warmup=STEPS, epochs=8, out=out, checkpoint_every=1e-3,
     )  # fmt: skip
@@ -542,7 +558,7 @@ def test_nan_in_the_loss_of_one_block_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(objectives._local, "replicated_loss", broken)
     with fails("the run diverged"):
         fit(
-            TrainConfig(
+            configure(
                 network="s/2/4", algorithm="lg-fg-a", epochs=2, batch_size=8,
                 log_every=1, checkpoint_every=1e-3, out=tmp_path / "run",
             )
@@ -618,7 +634,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_written(small_disk, tmp_
 
 @pytest.mark.slow
 def test_backpropagation_learns_digits(tmp_path):
-    summary = fit(TrainConfig(algorithm="bp", width=128, epochs=10, out=tmp_path / "run")).result
+    summary = fit(configure(algorithm="bp", width=128, epochs=10, out=tmp_path / "run")).result
     assert summary.test_error < 4
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import io
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,15 +63,30 @@ def parse(
     *,
     description: str,
     computes: bool = True,
+    **settings: Any,
 ) -> Options:
-    """The options of a command, with `~` in paths expanded.
+    """The options of a command, with `~` in paths expanded; `settings` are tyro's.
 
     **Raises:**
 
     `InputError` if a path is not a local one, a seed is out of range, or JAX has no device where
     the command computes.
     """
-    parsed: Any = tyro.cli(options, prog=prog, description=description, args=arguments)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: Any = tyro.cli(
+                options, prog=prog, description=description, args=arguments, **settings
+            )
+    except SystemExit as stop:
+        # What the options were to become has refused them; its own words suffice.
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise
     changed = {}
     for field in dataclasses.fields(parsed):
         value = getattr(parsed, field.name)

@@ -1,12 +1,27 @@
 """`forwardgrad train`."""
 
+import dataclasses
+import inspect
+import re
+import typing
 from collections.abc import Sequence
 
+import equinox as eqx
+import tyro
 from rich.table import Table
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from forwardgrad._console import Console
 from forwardgrad.cli._surroundings import parse
 from forwardgrad.training import Run, TrainConfig, fit
+from forwardgrad.training._config import check_names, known, own_and_parts, preset
+
+PROG = "forwardgrad train"
 
 DESCRIPTION = """Train a network, by default without backpropagation.
 
@@ -22,10 +37,57 @@ examples:
 
 def train(arguments: Sequence[str]) -> int:
     """Train with the options given, and say what came of it."""
-    config = parse(TrainConfig, "forwardgrad train", arguments, description=DESCRIPTION)
-    console = Console()
+    config, console = read_options(arguments), Console()
     console.print(summary_table(fit(config, console=console)))
     return 0
+
+
+def read_options(arguments: Sequence[str]) -> TrainConfig:
+    """The settings that the options are for.
+
+    The first reading is for those that the others, and their defaults, depend on.
+    """
+    chosen, _ = tyro.cli(
+        preset, prog=PROG, args=arguments, add_help=False, return_unknown_args=True
+    )
+    names = [re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in arguments]
+    check_names((name for name in names if name in known()), chosen)
+    with OPTIONS:
+        return parse(
+            TrainConfig,
+            PROG,
+            arguments,
+            description=DESCRIPTION,
+            default=chosen,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+
+
+OPTIONS = ConstructorRegistry()
+
+
+@OPTIONS.struct_rule
+def _module(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """The options of an objective, or of an estimator, with what its docstring says of them."""
+    if not isinstance(module := info.default, eqx.Module):
+        return None
+    plain, parts = own_and_parts(module)
+    outer = {field.name for field in dataclasses.fields(TrainConfig)}
+    kinds = typing.get_type_hints(type(module), include_extras=True)
+    own = {k: v for k, v in plain.items() if k not in outer}
+    fields = (
+        *(StructFieldSpec(k, kinds[k], v, _said_of(k, module)) for k, v in own.items()),
+        *(StructFieldSpec(k, type(part), part) for k, part in parts.items()),
+    )
+    return StructConstructorSpec(lambda **given: dataclasses.replace(module, **given), fields)
+
+
+def _said_of(name: str, module: eqx.Module) -> str:
+    """What the docstring's list of arguments has of one: its first sentence, without formulas."""
+    text = inspect.getdoc(type(module)) or ""
+    found = re.search(rf"- `{name}`: (.*?)\.(\s|$)", text, re.DOTALL)
+    said = re.sub(r"`|,? \$[^$]*\$", "", " ".join(found[1].split())) if found else name
+    return f"{said[:1].upper()}{said[1:]}."
 
 
 def summary_table(run: Run) -> Table:

@@ -76,14 +76,14 @@ class WeightPerturbation(AbstractEstimator):
         least variance), `"normal"` (the paper's), or `"sphere"` (uniform on the sphere; dense
         tangents are scaled as one vector, factors one by one).
     - `structure`: `"rank-one"` or `"dense"`.
-    - `rank`: the number R of outer products in a rank-one tangent,
+    - `rank`: the number R of outer products in a rank-one tangent. It is
         $V = R^{-1/2} \sum_r a_r b_r^\top$. More of them make $d$'s distribution less heavy-tailed
         and the step dearer.
     - `orthogonal`: return what K orthogonalised tangents would give: the exact gradient projected
         on the span of the K tangents and scaled by D/K. This is unbiased for dense tangents, and up
         to relative terms of order $D^{-3/2}$ for rank-one ones.
-    - `clip`: bound every $|d_k|$ by this value. This introduces a bias where it is active, and
-        keeps the rare large $d_k$ from ending a run. None: no bound.
+    - `clip`: the bound on every directional derivative $|d_k|$. This introduces a bias where it is
+        active, and keeps the rare large $d_k$ from ending a run. None: no bound.
     - `exact_last`: give the parameters of layers that no other layer comes after (an output layer,
         the heads of local losses) their exact gradient. It is local to the layer, and leaves the
         variance of the perturbed parameters free of theirs, which is often most of it.

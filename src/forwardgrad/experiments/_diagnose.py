@@ -6,6 +6,7 @@ Command: `forwardgrad diagnose`. Half a minute for three algorithms on m/1/16 an
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,8 +19,8 @@ from forwardgrad._errors import InputError
 from forwardgrad._provenance import provenance
 from forwardgrad.results import look, save, write
 from forwardgrad.results._figures import panels
-from forwardgrad.training import Problem, TrainConfig, load_run, problem, resolve
-from forwardgrad.training._config import Task
+from forwardgrad.training import Problem, TrainConfig, load_run, problem
+from forwardgrad.training._config import Task, fitting, options_of
 
 BATCH_SIZE = 128
 
@@ -67,44 +68,48 @@ def run_diagnose(options: DiagnoseOptions) -> dict[str, Diagnosis]:
 
     `InputError` if a setting, the run or a file cannot be used.
     """
-    base, network = _settings(options)
-    configs = [_with_algorithm(base, name) for name in options.algorithms or [base.algorithm]]
+    stored, given, network = _settings(options)
+    names = options.algorithms or [stored["algorithm"]]
+    configs = [_with_algorithm(stored, given, name) for name in names]
     diagnoses = {
         config.algorithm: diagnosis_of(problem(config, network), config.seed, options.samples)
         for config in configs
     }
     entries = [{"algorithm": name, **found.as_json()} for name, found in diagnoses.items()]
-    settings = {k: getattr(base, k) for k in ("task", "dataset", "network", "batch_size", "seed")}
+    settings = {k: getattr(configs[0], k) for k in _SHARED}
     settings["weights"] = "initial" if options.run is None else f"of run {options.run.name}"
     header = {"experiment": "diagnose", "options": settings, **provenance()}
     write(options.out / "diagnosis.json", {**header, "diagnoses": entries})
-    figure = plot_diagnoses(diagnoses, f"{base.network}, {base.dataset}, {base.task}")
+    figure = plot_diagnoses(diagnoses, "{network}, {dataset}, {task}".format(**settings))
     save(figure, options.out / "diagnosis.png")
     return diagnoses
 
 
 _OF_THE_ALGORITHM = ("learning_rate", "momentum", "tangents", "exact_last")
+_SHARED = ("task", "dataset", "network", "batch_size", "seed")
 
 
-def _settings(options: DiagnoseOptions) -> tuple[TrainConfig, eqx.Module | None]:
-    """The settings of train that are meant, and the stored network, if any."""
+def _settings(
+    options: DiagnoseOptions,
+) -> tuple[dict[str, Any], dict[str, Any], eqx.Module | None]:
+    """The options of the run, those that are given, and the stored network, if any."""
     names = ("batch_size", "data_dir", "dataset", "label_column", "network")
     names += ("seed", "tangents", "task")
     given = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
     if options.run is None:
-        return TrainConfig(**{"batch_size": BATCH_SIZE, **given}), None
+        return {"algorithm": "fg-w", "batch_size": BATCH_SIZE}, given, None
     for name in ("task", "dataset", "label_column", "network", "seed"):
         if name in given:
             raise InputError(f"{name} (={given[name]}) is set by the run in {options.run}")
     config, network = load_run(options.run, data_dir=options.data_dir)
-    return dataclasses.replace(config, **given), network
+    return options_of(config), given, network
 
 
-def _with_algorithm(config: TrainConfig, name: str) -> TrainConfig:
-    if name != config.algorithm and config.learning_rate is not None:
-        # A stored run's settings are those that suit its own algorithm.
-        config = dataclasses.replace(config, **dict.fromkeys(_OF_THE_ALGORITHM))
-    return resolve(dataclasses.replace(config, algorithm=name))
+def _with_algorithm(stored: dict[str, Any], given: dict[str, Any], name: str) -> TrainConfig:
+    if name != stored["algorithm"]:
+        # The others are those that suit its own algorithm.
+        stored = {k: v for k, v in stored.items() if k not in _OF_THE_ALGORITHM}
+    return fitting(**{**stored, **given, "algorithm": name})
 
 
 def diagnosis_of(step: Problem, seed: int, samples: int) -> Diagnosis:

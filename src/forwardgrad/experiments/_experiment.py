@@ -18,6 +18,7 @@ from forwardgrad._provenance import provenance
 from forwardgrad.results import MOST_SEEDS, Grid, Place, Readout
 from forwardgrad.results._records import AbstractCell
 from forwardgrad.training import Run, TrainConfig, fit, fit_readout, readout_file
+from forwardgrad.training._config import fitting, known, options_of
 
 MOST_CELLS = 20_000
 """Of an experiment."""
@@ -59,9 +60,8 @@ class Presented(NamedTuple):
 
 def run_config(options: Any, **settings: Any) -> TrainConfig:
     """The settings of a run: these, and of the options those that `forwardgrad train` has too."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    shared = {name: value for name, value in results.fields(options).items() if name in names}
-    return TrainConfig(**{**shared, **settings})
+    shared = {k: v for k, v in results.fields(options).items() if k in known()}
+    return fitting(**{**shared, **settings})
 
 
 def trained(job: Job, options: Any, console: Console) -> Run:
@@ -89,7 +89,7 @@ def run_job(job: Job, options: Any, console: Console) -> dict[str, Any]:
     """
     run = trained(job, options, console)
     end = {name: getattr(run.result, name) for name in _OF_THE_RESULT}
-    end |= {name: getattr(run.config, name) for name in _SETTINGS}
+    end |= {k: v for k, v in options_of(run.config).items() if k in _SETTINGS}
     if run.config.task == "contrastive":
         end |= {"online_error": end["test_error"], **read_out(run.folder, options)}
     return end

@@ -146,7 +146,8 @@ def _plan(columns: Columns, task: str, options: Any) -> Iterator[Job]:
         dataset, _, network = column.rpartition(" ")
         what = {"task": task, "dataset": dataset, "network": network, "algorithm": algorithm}
         place = {"column": column, "algorithm": algorithm}
-        yield Job(place, seed, run_config(options, **what, seed=seed))
+        trains = algorithm != UNTRAINED
+        yield Job(place, seed, run_config(options, **what, seed=seed) if trains else None)
 
 
 def _chosen(columns: Columns, options: Any) -> list[str]:

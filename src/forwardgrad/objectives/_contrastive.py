@@ -28,7 +28,7 @@ class Contrastive(AbstractTask):
 
     **Arguments:**
 
-    - `temperature`: $\tau$.
+    - `temperature`: the temperature $\tau$ of the loss.
 
     **Raises:**
 

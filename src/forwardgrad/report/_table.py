@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.experiments import Cells, as_options, in_order
-from forwardgrad.results import Cell, Entry, Grid, Place, Table, TableCell, fields, over_seeds
-from forwardgrad.training import Run, TrainConfig
+from forwardgrad.results import Cell, Entry, Grid, Place, Table, TableCell, over_seeds
+from forwardgrad.training import Run, configure
 from forwardgrad.training._config import of_the_result
 
 
@@ -127,11 +127,12 @@ def progress(run: Run) -> str:
 def _of_run(run: Run) -> list[Any]:
     config, end = run.config, run.summary
     tested = [line for line in run.measurements if line.test_error is not None]
-    usual = fields(TrainConfig())
-    others = {k: v for k, v in of_the_result(config).items() if v not in (None, usual[k])}
+    settings, usual = of_the_result(config), of_the_result(configure())
+    others = {k: v for k, v in settings.items() if v not in (None, usual.get(k))}
+    rate, tangents = settings["learning_rate"], settings.get("tangents")
     return [
         *(column(run), config.algorithm, config.seed, *_results(end or (tested or [None])[-1])),
-        *(run.state, config.epochs, config.batch_size, config.learning_rate, config.tangents),
+        *(run.state, config.epochs, config.batch_size, rate, tangents),
         *(_words(others), end and end.backend, end and end.date, run.folder.as_posix()),
     ]
 

@@ -23,7 +23,7 @@ MOST_LINE = 2**16
 T = TypeVar("T")
 
 
-def read(path: Path, kind: type[T], *, known: bool = False) -> T:
+def read(path: Path, kind: type[T]) -> T:
     """What a JSON file holds, as a value of the type `kind`.
 
     Fields that the type does not have are passed over.
@@ -32,7 +32,6 @@ def read(path: Path, kind: type[T], *, known: bool = False) -> T:
 
     - `path`: the file.
     - `kind`: a dataclass, or whatever msgspec can make of JSON.
-    - `known`: refuse fields that a dataclass does not have.
 
     **Raises:**
 
@@ -50,12 +49,6 @@ def read(path: Path, kind: type[T], *, known: bool = False) -> T:
             f"{path} is of another version of forwardgrad: its format is {version}, and this one "
             f"reads up to {VERSION}"
         )
-    if known and isinstance(value, dict):
-        names = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-        if strange := sorted(set(value) - names):
-            raise InputError(
-                f"{path} is damaged or of another version: {strange[0][:50]!r} is not known"
-            )
     return _converted(path, value, kind)
 
 

@@ -1,8 +1,11 @@
 """Training: one step, one loop, checkpoints, metrics, readouts."""
 
 from forwardgrad.training._algorithms import ALGORITHMS as ALGORITHMS
-from forwardgrad.training._algorithms import resolve as resolve
+from forwardgrad.training._config import ImageSettings as ImageSettings
+from forwardgrad.training._config import NetworkSettings as NetworkSettings
+from forwardgrad.training._config import OptimizerSettings as OptimizerSettings
 from forwardgrad.training._config import TrainConfig as TrainConfig
+from forwardgrad.training._config import configure as configure
 from forwardgrad.training._folder import Run as Run
 from forwardgrad.training._folder import command as command
 from forwardgrad.training._folder import read_run as read_run
@@ -16,16 +19,19 @@ from forwardgrad.training._setup import problem as problem
 
 __all__ = [
     "ALGORITHMS",
+    "ImageSettings",
     "Interrupted",
+    "NetworkSettings",
+    "OptimizerSettings",
     "Problem",
     "Run",
     "TrainConfig",
     "command",
+    "configure",
     "fit",
     "fit_readout",
     "load_run",
     "problem",
     "read_run",
     "readout_file",
-    "resolve",
 ]

@@ -69,15 +69,17 @@ def _to_unit(images: Array) -> Array:
 
 def make_inputs(config: TrainConfig, data: Dataset) -> Inputs:
     """What the settings make of a data set's images."""
-    assert config.augment is not None
-    channels = data.image_shape[2]
+    settings, channels = config.images, data.image_shape[2]
     return Inputs(
         augmentation=build(
-            config.augment, least_area=config.least_area, jitter=config.jitter, blur=config.blur
+            settings.augment,
+            least_area=settings.least_area,
+            jitter=settings.jitter,
+            blur=settings.blur,
         ),
         views=2 if config.task == "contrastive" else 1,
-        shift=jnp.asarray(data.mean) if config.normalise else jnp.zeros(channels),
-        scale=jnp.asarray(data.std) if config.normalise else jnp.ones(channels),
+        shift=jnp.asarray(data.mean) if settings.normalise else jnp.zeros(channels),
+        scale=jnp.asarray(data.std) if settings.normalise else jnp.ones(channels),
     )
 
 

@@ -1,29 +1,120 @@
 """Everything that decides the outcome of a run."""
 
 import dataclasses
-import math
+import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from forwardgrad._errors import InputError, check_seed, unknown_name
 from forwardgrad._files import local
-from forwardgrad.results import fields
+from forwardgrad.estimators import AbstractEstimator
+from forwardgrad.objectives import AbstractObjective
+from forwardgrad.training._algorithms import ALGORITHMS, defaults, parts
+
+MOST = 2**31 - 1
+"""The most that an integer of JAX counts."""
+
+Count = Annotated[int, Meta(ge=1, le=MOST)]
+Number = Annotated[float, Meta(ge=0, le=1e300)]
+Positive = Annotated[float, Meta(gt=0, le=1e300)]
 
 Task = Literal["supervised", "contrastive"]
 Augment = Literal["none", "crop-flip", "simclr"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "lars"]
 Schedule = Literal["constant", "cosine", "exponential", "linear"]
-Distribution = Literal["rademacher", "normal", "sphere"]
-Structure = Literal["rank-one", "dense"]
+
+Part = TypeVar("Part")
+
+WITH_MOMENTUM = ("sgd", "rmsprop", "lars")
+"""Optimisers that have a momentum of their own to set."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Settings of a training run; None where the algorithm has a default of its own.
+class Settings:
+    """Values that are checked against their types.
 
     **Raises:**
 
-    `InputError` where a value is out of range.
+    `InputError` where one is of another type or out of range.
+    """
+
+    def __post_init__(self):
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
+            if not dataclasses.is_dataclass(value := getattr(self, name)):
+                object.__setattr__(self, name, checked(name, kind, value))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSettings(Settings):
+    """What a network gets to see of the images."""
+
+    augment: Augment = "none"
+    """Random changes of the training images. Default: none; simclr for contrastive learning."""
+    least_area: float = 0.2
+    """Least share of an image that a random resized crop keeps (simclr)."""
+    jitter: float = 0.5
+    """Strength of the colour jitter (simclr)."""
+    blur: float | None = None
+    """Probability of a blur (simclr). Default: 0.5 for images of 64 pixels and more, else 0."""
+    normalise: bool = True
+    """Subtract the training images' mean and divide by their standard deviation, per channel."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkSettings(Settings):
+    """Sizes that a network's name leaves open."""
+
+    width: Count | None = None
+    """Units of the hidden linear layers (mlp, cnn). Default: 1024."""
+    depth: Annotated[int, Meta(ge=0, le=MOST)] | None = None
+    """Number of hidden layers (mlp). Default: 2."""
+    projection: Count = 128
+    """Outputs of the heads in contrastive learning."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Settings):
+    """What becomes of the gradient."""
+
+    optimizer: Optimizer = "sgd"
+    """Optimiser."""
+    learning_rate: Positive
+    """Learning rate at the start (after the warm-up)."""
+    scale_learning_rate: bool = False
+    """Multiply the learning rate by batch_size / 256."""
+    schedule: Schedule = "cosine"
+    """Learning rate over the run: constant, cosine or linear to zero, or exponential."""
+    decay: Number = 1e-4
+    """k of the exponential schedule: the rate at step i is learning_rate * exp(-i k)."""
+    warmup: Annotated[int, Meta(ge=0, le=MOST)] = 0
+    """Steps over which the learning rate first rises linearly from zero."""
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Momentum of sgd, rmsprop and lars."""
+    weight_decay: Number = 0.0
+    """Weight decay; adamw and lion decouple it, the others add it to the gradient (lars but for
+    biases)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.momentum and self.optimizer not in WITH_MOMENTUM:
+            raise InputError(
+                f"momentum (={self.momentum}) is not a setting of optimizer {self.optimizer!r}, "
+                f"only of {', '.join(WITH_MOMENTUM)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """Settings of a training run; [`forwardgrad.training.configure`][] makes them of options.
+
+    **Raises:**
+
+    `InputError` where a value is out of range, or the objective or the estimator is another than
+    the algorithm's.
     """
 
     task: Task = "supervised"
@@ -37,9 +128,9 @@ class TrainConfig:
     algorithm: str = "fg-w"
     """Algorithm: bp, fa, dfa, fg-w or fg-a; with local losses l-bp, l-fa, l-fg-w, l-fg-a; with
     greedy ones lg-bp, lg-fa, lg-fg-w, lg-fg-a."""
-    epochs: int = 100
+    epochs: Count = 100
     """Passes over the training set. The last, incomplete batch of each is left out."""
-    iterations: int | None = None
+    iterations: Count | None = None
     """Stop after this many steps instead."""
     seed: int = 0
     """Seed of everything random: weights, order of the examples, tangents."""
@@ -51,105 +142,39 @@ class TrainConfig:
     """Column of the labels. Default: label, else the first of classes, or the only of integers."""
     resume: bool = False
     """Continue the run in --out, or start it if there is none."""
-
-    batch_size: int = 64
+    batch_size: Count = 64
     """Examples per step."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts that a batch is cut into, one after another, with their gradients averaged: for
     batches that do not fit in memory."""
-    augment: Augment | None = None
-    """Random changes of the training images. Default: none; simclr for contrastive learning."""
-    least_area: float = 0.2
-    """Least share of an image that a random resized crop keeps (simclr)."""
-    jitter: float = 0.5
-    """Strength of the colour jitter (simclr)."""
-    blur: float | None = None
-    """Probability of a blur (simclr). Default: 0.5 for images of 64 pixels and more, else 0."""
-    normalise: bool = True
-    """Subtract the training images' mean and divide by their standard deviation, per channel."""
-    width: int | None = None
-    """Units of the hidden linear layers (mlp, cnn). Default: 1024."""
-    depth: int | None = None
-    """Number of hidden layers (mlp). Default: 2."""
-    projection: int = 128
-    """Outputs of the heads in contrastive learning."""
-    temperature: float = 0.5
-    """Temperature of the contrastive loss."""
-    blockwise: bool = True
-    """With local losses: one for every block, or only for the last."""
-    patchwise: bool = True
-    """With local losses: one for every patch."""
-    groupwise: bool = True
-    """With local losses: one for every channel group."""
-
-    optimizer: Optimizer = "sgd"
-    """Optimiser."""
-    learning_rate: float | None = None
-    """Learning rate at the start (after the warm-up)."""
-    scale_learning_rate: bool = False
-    """Multiply the learning rate by batch_size / 256."""
-    schedule: Schedule = "cosine"
-    """Learning rate over the run: constant, cosine or linear to zero, or exponential."""
-    decay: float = 1e-4
-    """k of the exponential schedule: the rate at step i is learning_rate * exp(-i k)."""
-    warmup: int = 0
-    """Steps over which the learning rate first rises linearly from zero."""
-    momentum: float | None = None
-    """Momentum of sgd, rmsprop and lars."""
-    weight_decay: float = 0.0
-    """Weight decay; adamw and lion decouple it, the others add it to the gradient (lars but for
-    biases)."""
-
-    tangents: int | None = None
-    """K: tangents whose forward gradients are averaged in a step."""
-    distribution: Distribution = "rademacher"
-    """Distribution of the tangents."""
-    structure: Structure = "rank-one"
-    """Structure of the tangents of weight matrices."""
-    rank: int = 1
-    """Outer products in a rank-one tangent."""
-    orthogonal: bool = False
-    """Orthogonalise the tangents of a step."""
-    exact_last: bool | None = None
-    """Exact gradients for layers that no other comes after (fg-w and its kin)."""
-    clip: float | None = 1.0
-    """Bound on each directional derivative; None for none."""
-
-    eval_every: int = 1
+    eval_every: Count = 1
     """Epochs between evaluations on the test set."""
-    log_every: int | None = None
+    log_every: Count | None = None
     """Steps between further lines in metrics.jsonl; default: one line an epoch only."""
-    checkpoint_every: float = 30.0
+    checkpoint_every: Positive = 30.0
     """Seconds between checkpoints."""
 
+    images: ImageSettings
+    sizes: NetworkSettings
+    optimisation: OptimizerSettings
+    objective: AbstractObjective
+    estimator: AbstractEstimator
+
     def __post_init__(self):
+        super().__post_init__()
         check_seed(self.seed)
         if self.out is not None:
             object.__setattr__(self, "out", local(self.out, "out"))
             if not str(self.out).isprintable():  # a name in another encoding too
                 raise InputError(f"out must be a printable name in UTF-8, got {str(self.out)!r}")
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise unknown_name(name, str(getattr(self, name)), get_args(kind))
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise InputError(f"{name} must be at least {least}, got {value!r}")
-            if value is not None and value > MOST:
-                raise InputError(f"{name} must be at most {MOST}, got {value!r}")
-        for name in ("learning_rate", "clip", "checkpoint_every", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} must be positive and finite, got {value!r}")
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise InputError(f"momentum must be at least 0 and below 1, got {self.momentum!r}")
-        if self.momentum and self.optimizer not in WITH_MOMENTUM:
+        own = parts(self.algorithm, self.task)
+        if _kinds(*own) != _kinds(self.objective, self.estimator):
             raise InputError(
-                f"momentum (={self.momentum}) is not a setting of optimizer {self.optimizer!r}, "
-                f"only of {', '.join(WITH_MOMENTUM)}"
+                f"objective and estimator must be those of algorithm {self.algorithm!r} and task "
+                f"{self.task!r}, like {own}, got {(self.objective, self.estimator)}"
             )
         self._check_batch()
-        if self.task == "contrastive" and self.augment == "none":
+        if self.task == "contrastive" and self.images.augment == "none":
             raise InputError(
                 "augment must not be 'none' with task 'contrastive': both views of an image would "
                 "be the same"
@@ -175,47 +200,163 @@ class TrainConfig:
             )
 
 
-_CHOICES = {
-    "task": Task,
-    "optimizer": Optimizer,
-    "schedule": Schedule,
-    "distribution": Distribution,
-    "structure": Structure,
+def _kinds(objective: AbstractObjective, estimator: AbstractEstimator) -> tuple[Any, ...]:
+    task, greedy = getattr(objective, "task", None), getattr(objective, "greedy", None)
+    return type(objective), type(task), greedy, type(estimator)
+
+
+_IN_WORDS = {
+    "`": "",
+    " | ": " or ",
+    "null": "None",
+    "int >=": "at least",
+    "int <": "below",
+    "float <": "below",
+    "below=": "at most",
+    "float >=": "at least",
+    "float >": "more than",
 }
 
-MOST = 2**31 - 1
-"""The most that an integer of JAX counts."""
 
-_LEAST = {
-    "epochs": 1,
-    "iterations": 1,
-    "batch_size": 1,
-    "accumulate": 1,
-    "projection": 1,
-    "width": 1,
-    "depth": 0,
-    "decay": 0,
-    "warmup": 0,
-    "weight_decay": 0,
-    "tangents": 1,
-    "rank": 1,
-    "eval_every": 1,
-    "log_every": 1,
-}
+def checked(name: str, kind: Any, value: Any) -> Any:
+    """A value of a type, from one that JSON may have in its place.
 
-WITH_MOMENTUM = ("sgd", "rmsprop", "lars")
-"""Optimisers that have a momentum of their own to set."""
+    **Raises:**
+
+    `InputError` if it is none.
+    """
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise unknown_name(name, str(value), get_args(kind))
+    try:
+        return msgspec.convert(value, kind, dec_hook=lambda kind, value: kind(value))
+    except (msgspec.ValidationError, TypeError) as error:
+        wanted = str(error).partition("xpected ")[2].split(", got")[0]
+        for its, ours in _IN_WORDS.items():
+            wanted = wanted.replace(its, ours)
+        raise InputError(f"{name} must be {wanted}, got {value!r}") from error
+
 
 NOT_OF_THE_RESULT = ("out", "data_dir", "resume", "checkpoint_every")
 """Settings that may differ between a run and its continuation."""
 
 
+def options_of(settings: Any) -> dict[str, Any]:
+    """Settings as the command line and `config.json` have them: those of all parts, flat."""
+    plain, parts = own_and_parts(settings)
+    inner = {name: value for part in parts.values() for name, value in options_of(part).items()}
+    return {**plain, **inner, **plain}
+
+
+def changed(settings: Part, given: Mapping[str, Any]) -> Part:
+    """Settings with other options; those that they do not have are passed over."""
+    plain, parts = own_and_parts(settings)
+    kinds = get_type_hints(type(settings), include_extras=True)
+    own = {name: checked(name, kinds[name], given[name]) for name in plain if name in given}
+    # Of two that have the same name, the outer one is meant.
+    rest = {name: value for name, value in given.items() if name not in plain}
+    inner = {name: changed(part, rest) for name, part in parts.items()}
+    return dataclasses.replace(settings, **own, **inner)
+
+
+def own_and_parts(settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is an option, and what has some of its own. The algorithm's id says what is greedy."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    parts = {k: v for k, v in values.items() if dataclasses.is_dataclass(v)}
+    return {k: v for k, v in values.items() if k not in (*parts, "greedy")}, parts
+
+
+def preset(
+    task: Task = "supervised",
+    network: str = "mlp",
+    algorithm: str = "fg-w",
+    optimizer: Optimizer = "sgd",
+) -> TrainConfig:
+    """The defaults of all options, which depend on these."""
+    objective, estimator = parts(algorithm, task)
+    suited = defaults(algorithm, network, task)
+    if optimizer not in WITH_MOMENTUM:
+        suited["momentum"] = 0.0
+    config = TrainConfig(
+        task=task,
+        network=network,
+        algorithm=algorithm,
+        images=ImageSettings(augment="simclr" if task == "contrastive" else "none"),
+        sizes=NetworkSettings(),
+        optimisation=OptimizerSettings(optimizer=optimizer, learning_rate=suited["learning_rate"]),
+        objective=objective,
+        estimator=estimator,
+    )
+    return changed(config, suited)
+
+
+def configure(**given: Any) -> TrainConfig:
+    """The settings of a run, from options as the command line has them.
+
+    The algorithm, with the network and the task, decides the others' defaults.
+
+    **Raises:**
+
+    `InputError` if a value is out of range, or an option is unknown or not the algorithm's.
+
+    >>> config = configure(algorithm="lg-fg-a", network="m/8/16", tangents=8)
+    >>> config.estimator
+    ActivityPerturbation(tangents=8, distribution='rademacher', chunk=None)
+    >>> config.optimisation.learning_rate, config.objective.greedy
+    (0.03, True)
+    """
+    config = preset(**_choices(given))
+    check_names(given, config)
+    return changed(config, given)
+
+
+def fitting(**given: Any) -> TrainConfig:
+    """`configure` for several algorithms: options that only others have are passed over."""
+    config = preset(**_choices(given))
+    check_names({name: value for name, value in given.items() if name not in known()}, config)
+    return changed(config, given)
+
+
+def _choices(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among them that the others' defaults depend on."""
+    kinds = get_type_hints(preset)
+    del kinds["return"]
+    return {k: checked(k, kind, given[k]) for k, kind in kinds.items() if k in given}
+
+
+def check_names(names: Iterable[str], config: TrainConfig) -> None:
+    """Raise an `InputError` for an option that is unknown, or another algorithm's."""
+    for name in names:
+        if name not in known():
+            raise unknown_name("setting", name, known())
+        if name not in options_of(config):
+            raise InputError(
+                f"{name} is not a setting of algorithm {config.algorithm!r} for task "
+                f"{config.task!r}"
+            )
+
+
+@functools.cache
+def known() -> frozenset[str]:
+    """The options that there are for one algorithm or another."""
+    presets = (preset(task, algorithm=name) for task in get_args(Task) for name in ALGORITHMS)
+    return frozenset(name for config in presets for name in options_of(config))
+
+
+def not_default(config: TrainConfig) -> dict[str, Any]:
+    """The options that make `configure` return these settings."""
+    given, first = options_of(config), options_of(preset())
+    chosen = _choices(given)
+    usual = {**options_of(preset(**chosen)), **{name: first[name] for name in chosen}}
+    return {name: value for name, value in given.items() if value != usual[name]}
+
+
 def of_the_result(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide a run's bits."""
-    return {k: v for k, v in fields(config).items() if k not in NOT_OF_THE_RESULT}
+    """The options that decide a run's bits."""
+    return {k: v for k, v in options_of(config).items() if k not in NOT_OF_THE_RESULT}
 
 
 def differences(stored: TrainConfig, config: TrainConfig) -> list[str]:
     """What a continuation would change, as `name (stored, new)`."""
     before, now = of_the_result(stored), of_the_result(config)
-    return [f"{k} ({before[k]!r} there, {now[k]!r} now)" for k in now if before[k] != now[k]]
+    names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    return [f"{k} ({before.get(k)!r} there, {now.get(k)!r} now)" for k in names]

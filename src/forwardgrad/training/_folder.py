@@ -13,7 +13,13 @@ import filelock
 from forwardgrad._errors import InputError
 from forwardgrad._files import writing
 from forwardgrad.results import Measurement, Summary, read, read_lines, write
-from forwardgrad.training._config import TrainConfig, differences
+from forwardgrad.training._config import (
+    TrainConfig,
+    differences,
+    fitting,
+    not_default,
+    options_of,
+)
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS, CURVES = "checkpoints", "curves.png"
@@ -54,13 +60,8 @@ class Run:
     @property
     def command(self) -> str:
         """What continues the run, with those of its settings that are not the defaults."""
-        options = {}
-        for field in dataclasses.fields(TrainConfig):
-            value = getattr(self.config, field.name)
-            if field.name not in ("out", "resume") and value != field.default:
-                # Only a setting that is True or False, and never None, is a flag.
-                options[field.name] = value if isinstance(field.default, bool) else str(value)
-        return command(["train"], {**options, "out": self.folder, "resume": True})
+        given = {**not_default(self.config), "out": self.folder, "resume": True}
+        return command(["train"], given)
 
     @property
     def state(self) -> Literal["finished", "diverged", "unfinished"]:
@@ -97,6 +98,8 @@ def read_run(folder: Path | str) -> tuple[Run, tuple[InputError, ...]]:
 def load_config(folder: Path) -> TrainConfig:
     """The settings of the run in a folder; one that it did not know yet has its default.
 
+    Earlier versions stored the options of all algorithms, and at first not all of its own.
+
     **Raises:**
 
     `InputError` if it holds no run, or the file is damaged.
@@ -104,7 +107,11 @@ def load_config(folder: Path) -> TrainConfig:
     path = folder / CONFIG
     if not lexists(path):
         raise InputError(f"folder {folder} holds no run: {path} is missing")
-    return read(path, TrainConfig, known=True)
+    stored = read(path, dict[str, Any])
+    try:
+        return fitting(**{"exact_last": False, **stored})
+    except InputError as error:
+        raise InputError(f"{path} is damaged or of another version: {error}") from error
 
 
 def find_folder(config: TrainConfig) -> tuple[Path, Run | None]:
@@ -172,7 +179,7 @@ def locked(folder: Path) -> Iterator[None]:
 def claim_folder(folder: Path, config: TrainConfig) -> None:
     """Make the folder this run's, unless it is already."""
     if not lexists(folder / CONFIG):
-        write(folder / CONFIG, config)
+        write(folder / CONFIG, options_of(config))
 
 
 def _choose(config: TrainConfig) -> Path:

@@ -16,7 +16,6 @@ from rich.console import Console
 from forwardgrad._errors import InputError
 from forwardgrad._files import writing
 from forwardgrad.results import Measurement, Summary, read_lines, save, write
-from forwardgrad.training._algorithms import resolve
 from forwardgrad.training._batches import Feed
 from forwardgrad.training._checkpoint import Checkpoints, Progressed
 from forwardgrad.training._config import TrainConfig
@@ -66,7 +65,6 @@ def fit(config: TrainConfig, *, console: Console | None = None) -> Run:
     - `InputError` if a setting, a file or the folder cannot be used, or the loss is not finite.
     - `Interrupted` after SIGINT or SIGTERM, when a checkpoint has been written.
     """
-    config = resolve(config)
     folder, finished = find_folder(config)
     with Progress(console) as progress:
         if finished is not None:
@@ -250,8 +248,9 @@ class _Session:
 
     def _diverged(self, what: str) -> InputError:
         self._add("diverged", reason=what)
+        rate = self.config.optimisation.learning_rate
         return InputError(
-            f"{what}, the run diverged: try a learning_rate below {self.config.learning_rate} or a "
+            f"{what}, the run diverged: try a learning_rate below {rate} or a "
             f"smaller clip; the last finite checkpoint is kept in {self.folder / CHECKPOINTS}"
         )
 

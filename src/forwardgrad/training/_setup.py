@@ -13,7 +13,6 @@ from forwardgrad._losses import Losses
 from forwardgrad.data import Dataset, load
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.networks import AbstractNetwork, build
-from forwardgrad.training._algorithms import algorithm, resolve
 from forwardgrad.training._batches import make_error, make_feeds, make_inputs
 from forwardgrad.training._config import MOST, TrainConfig
 from forwardgrad.training._state import Loss, initial_state, make_advance, slow_in_loops
@@ -24,22 +23,22 @@ SCALE = 256
 
 def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step, over a run of `steps`."""
-    rate = config.learning_rate
-    assert rate is not None
-    if config.scale_learning_rate:
+    settings = config.optimisation
+    rate, warmup = settings.learning_rate, settings.warmup
+    if settings.scale_learning_rate:
         rate = rate * config.batch_size / SCALE
-    after = max(1, steps - config.warmup)
+    after = max(1, steps - warmup)
     shape = {
         "constant": optax.constant_schedule(rate),
         "cosine": optax.cosine_decay_schedule(rate, after),
         "linear": optax.linear_schedule(rate, 0.0, after),
         # Baydin et al. 2022, Section 5: eta_i = eta_0 exp(-i k).
-        "exponential": lambda i: rate * jnp.exp(-config.decay * i),
-    }[config.schedule]
-    if not config.warmup:
+        "exponential": lambda i: rate * jnp.exp(-settings.decay * i),
+    }[settings.schedule]
+    if not warmup:
         return shape
-    ramp = optax.linear_schedule(0.0, rate, config.warmup)
-    return optax.join_schedules([ramp, shape], [config.warmup])
+    ramp = optax.linear_schedule(0.0, rate, warmup)
+    return optax.join_schedules([ramp, shape], [warmup])
 
 
 def optimiser(config: TrainConfig, steps: int) -> optax.GradientTransformation:
@@ -48,25 +47,26 @@ def optimiser(config: TrainConfig, steps: int) -> optax.GradientTransformation:
     `lars` scales each weight matrix's update to its norm (You, Gitman & Ginsburg 2017,
     [arXiv:1708.03888](https://arxiv.org/abs/1708.03888)).
     """
-    rate, decay, momentum = schedule(config, steps), config.weight_decay, config.momentum
-    if config.optimizer == "adamw":
+    settings, rate = config.optimisation, schedule(config, steps)
+    decay, momentum = settings.weight_decay, settings.momentum
+    if settings.optimizer == "adamw":
         return optax.adamw(rate, weight_decay=decay)
-    if config.optimizer == "lion":
+    if settings.optimizer == "lion":
         return optax.lion(rate, weight_decay=decay)
-    if config.optimizer == "lars":
+    if settings.optimizer == "lars":
         # Biases are neither decayed nor scaled, as is usual for it.
         return optax.lars(
             rate,
             weight_decay=decay,
             weight_decay_mask=_matrices,
             trust_ratio_mask=_matrices,
-            momentum=momentum or 0.0,
+            momentum=momentum,
         )
     coupled = {
         "sgd": optax.sgd(rate, momentum=momentum or None),
         "adam": optax.adam(rate),
         "rmsprop": optax.rmsprop(rate, momentum=momentum or None),
-    }[config.optimizer]
+    }[settings.optimizer]
     return optax.chain(optax.add_decayed_weights(decay), coupled) if decay else coupled
 
 
@@ -80,7 +80,7 @@ TRAIN_ERROR_EXAMPLES = 10_000
 
 
 class Setup:
-    """What a training loop needs, made from resolved settings.
+    """What a training loop needs, made from settings.
 
     Every random number derives from the seed: the weights from one key, the order of an epoch
     from a second and the epoch's number, the tangents of a step from a third and its number, and
@@ -91,11 +91,10 @@ class Setup:
         seed = jax.random.key(config.seed)
         weights_key, order_key, step_key = jax.random.split(seed, 3)
         self.data = load(config.dataset, config.data_dir, label_column=config.label_column)
-        row = algorithm(config.algorithm)
         network = build_network(config, self.data, weights_key)
         params, self._static = eqx.partition(network, eqx.is_inexact_array)
-        self.estimator = row.estimator(config)
-        self.objective, self.inputs = row.objective(config), make_inputs(config, self.data)
+        self.objective, self.estimator = config.objective, config.estimator
+        self.inputs = make_inputs(config, self.data)
 
         self.feeds = make_feeds(self.data.train, config.batch_size, order_key, config.seed)
         self.steps_per_epoch = len(self.data.train) // config.batch_size
@@ -142,16 +141,16 @@ class Setup:
 
 def build_network(config: TrainConfig, data: Dataset, key: Array) -> AbstractNetwork:
     """The network of the settings, for the images and classes of a data set."""
-    objective = algorithm(config.algorithm).objective(config)
+    objective, sizes = config.objective, config.sizes
     return build(
         config.network,
         image_shape=data.image_shape,
         classes=len(data.classes),
         key=key,
-        width=config.width,
-        depth=config.depth,
+        width=sizes.width,
+        depth=sizes.depth,
         heads=objective.needs_heads,
-        projection=None if objective.task.uses_labels else config.projection,
+        projection=None if objective.task.uses_labels else sizes.projection,
     )
 
 
@@ -178,7 +177,7 @@ def problem(config: TrainConfig, network: eqx.Module | None = None) -> Problem:
 
     **Arguments:**
 
-    - `config`: the settings; the algorithm's defaults are filled in.
+    - `config`: the settings.
     - `network`: one to take the place of the initial network, such as
         [`forwardgrad.training.load_run`][] returns.
 
@@ -190,12 +189,13 @@ def problem(config: TrainConfig, network: eqx.Module | None = None) -> Problem:
 
     `InputError` if a setting or a file cannot be used, or `network` does not fit the settings.
 
-    >>> step = problem(TrainConfig(network="logreg", algorithm="bp", batch_size=32))
+    >>> from forwardgrad.training import configure
+    >>> step = problem(configure(network="logreg", algorithm="bp", batch_size=32))
     >>> losses, aux = step.loss(step.params, *step.batch)
     >>> losses.terms[0].shape
     (32,)
     """
-    setup = Setup(resolve(config))
+    setup = Setup(config)
     feed, start, _ = next(setup.feeds(0, 0))
     chosen = feed.order[start]
     params = setup.state.params
