@@ -167,7 +167,7 @@ DAMAGED = {
     "b/summary.json": ("[]", "b/config.json is missing"),
     "c/config.json": (
         '{"dataset": 3}',
-        "c/config.json is damaged or of another version: dataset must be str, got 3",
+        "of another version: dataset must be str, got 3",
     ),
     "table3.json": ('{"experiment": "table3", "cells": [', "table3.json is damaged"),
     "table4.json": ('{"experiment": "table4", "cells": []}', "missing required field `options`"),

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -26,8 +26,6 @@ Task = Literal["supervised", "contrastive"]
 Augment = Literal["none", "crop-flip", "simclr"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "lars"]
 Schedule = Literal["constant", "cosine", "exponential", "linear"]
-
-Part = TypeVar("Part")
 
 WITH_MOMENTUM = ("sgd", "rmsprop", "lars")
 """Optimisers that have a momentum of their own to set."""
@@ -247,7 +245,7 @@ def options_of(settings: Any) -> dict[str, Any]:
     return {**plain, **inner, **plain}
 
 
-def changed(settings: Part, given: Mapping[str, Any]) -> Part:
+def changed(settings: Any, given: Mapping[str, Any]) -> Any:
     """Settings with other options; those that they do not have are passed over."""
     plain, parts = own_and_parts(settings)
     kinds = get_type_hints(type(settings), include_extras=True)
