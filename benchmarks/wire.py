@@ -26,7 +26,7 @@ from rich.table import Table
 import forwardgrad as fg
 import measure
 from forwardgrad.networks import build
-from forwardgrad.training import ALGORITHMS, TrainConfig, resolve
+from forwardgrad.training import configure
 from measure import Options
 
 WORKERS = 8
@@ -139,8 +139,7 @@ def local_mixer(algorithm: str, methods: tuple[str, ...]) -> Problem:
         return build("l/8/64", image_shape=(32, 32, 3), classes=10, key=jax.random.key(0))
 
     params, static = eqx.partition(eqx.filter_eval_shape(make), _is_weight)
-    config = resolve(TrainConfig(algorithm=algorithm))
-    objective = ALGORITHMS[algorithm].objective(config)
+    objective = configure(algorithm=algorithm).objective
 
     def loss(params, images, labels):
         return objective(eqx.combine(params, static), images, labels)[0]
