@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,13 +14,8 @@ from matplotlib.figure import Figure
 
 from forwardgrad.augmentation import AbstractAugmentation, Chain, augment
 
-# That of `save`, so that a pixel of the sheet is a pixel of the file.
-DPI = 130
-_CELL = 96
-_GAP = 4
-_TOP, _LEFT, _MARGIN = 62, 190, 12
-# Pixels that a letter of a class's name takes, about.
-_LETTER = 9
+LETTERS = 12
+"""Of a class's name that fit above an image."""
 
 
 class Row(NamedTuple):
@@ -40,29 +35,20 @@ def contact_sheet(
 ) -> Figure:
     """A figure with the rows of `rows`, a column for each image, headed by its class."""
     made = rows(augmentation, images, seed=seed)
-    pixels = montage([row.images for row in made])
-    height, width = pixels.shape[0] + _TOP + _MARGIN, pixels.shape[1] + _LEFT + _MARGIN
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    # Unlike `imshow`, never resampled.
-    figure.figimage(pixels, xo=_LEFT, yo=_MARGIN, origin="upper")
-
-    def write(text, x, y, **style):
-        figure.text(x / width, 1 - y / height, text, **{"fontsize": 8, "va": "center", **style})
-
-    title = _short(title, width // _LETTER - 3)
-    write(title, _MARGIN, _TOP / 2 - 8, fontsize=9, weight="bold")
-    for x, cell, name in _centres(pixels.shape[1], classes):
-        write(_short(name, cell // _LETTER), _LEFT + x, _TOP - 6, ha="center", va="bottom")
-    for y, _, row in _centres(pixels.shape[0], made):
-        write(row.label, _MARGIN, _TOP + y, linespacing=1.5)
+    size = (2 + 0.8 * len(images), 0.7 + 0.8 * len(made))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, wrap=True)
+    grid = figure.subplots(len(made), len(images), squeeze=False)
+    for places, row in zip(grid, made, strict=True):
+        for axes, image in zip(places, row.images, strict=True):
+            colours = np.broadcast_to(image, (*image.shape[:2], 3))
+            axes.imshow(colours, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+        places[0].set_ylabel(row.label, rotation=0, ha="right", va="center", fontsize=8)
+    for axes, name in zip(grid[0], classes, strict=True):
+        short = name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…"
+        axes.set_title(short, fontsize=8)
     return figure
-
-
-def _centres(pixels: int, items: Sequence[Any]) -> Iterator[tuple[float, int, Any]]:
-    """For each item, along one axis of the montage, the middle and the length of its cell."""
-    cell = (pixels + _GAP) // len(items) - _GAP
-    for i, item in enumerate(items):
-        yield i * (cell + _GAP) + cell / 2, cell, item
 
 
 def rows(
@@ -94,19 +80,6 @@ def rows(
 _augment = eqx.filter_jit(augment)
 
 
-def montage(
-    images: Sequence[Float[np.ndarray, "images height width channels"]],
-) -> UInt8[np.ndarray, "rows columns 3"]:
-    """Rows of images, enlarged by a whole number, with white between them."""
-    array = np.rint(255 * np.stack(images)).astype(np.uint8)
-    scale = max(1, round(_CELL / max(array.shape[2:4])))
-    array = np.broadcast_to(array, (*array.shape[:-1], 3)).repeat(scale, 2).repeat(scale, 3)
-    array = np.pad(array, [(0, 0), (0, 0), (0, _GAP), (0, _GAP), (0, 0)], constant_values=255)
-    down, across, height, width, _ = array.shape
-    array = array.transpose(0, 2, 1, 3, 4).reshape(down * height, across * width, 3)
-    return array[:-_GAP, :-_GAP]
-
-
 def _changes(augmentation: AbstractAugmentation, image: jax.Array) -> bool:
     return augmentation(image, key=jax.random.key(0)) is not image
 
@@ -126,7 +99,3 @@ def _label(augmentation: AbstractAugmentation) -> str:
     # A default that depends on the image.
     often = "sometimes" if probability is None else f"probability {probability:g}"
     return f"{name},\n{often}"
-
-
-def _short(name: str, letters: int) -> str:
-    return name if len(name) <= letters else f"{name[: letters - 1]}…"
