@@ -39,12 +39,12 @@ def diagnose(
 ) -> Diagnosis:
     r"""Compare an estimator's gradients of `fun` with the exact one, layer by layer.
 
-    Estimates are drawn one pair after another and only sums are kept, so that the memory is that
-    of a few gradients, however many samples there are. The exact gradient is that of
-    backpropagation; where `fun` has no reverse mode (a `while_loop`), that of forward mode, with a
-    pass for each of at most 10,000 parameters.
+    Estimates are drawn in pairs, one pair after another, and only sums are kept. So the memory
+    needed is that of a few gradients, for any number of samples. The exact gradient comes from
+    backpropagation. If `fun` has no reverse mode (a `while_loop`), it comes from forward mode, with
+    one pass for each of at most 10,000 parameters.
 
-    Nothing is timed: of the cost it says what XLA counts in the compiled gradients.
+    Nothing is timed. The cost is what XLA counts in the compiled gradients.
 
     **Arguments:**
 
@@ -53,14 +53,14 @@ def diagnose(
     - `params`, `args`, `kwargs`: what `fun` is called with.
     - `key`: a random key, from which one for each sample is split.
     - `samples`: the number of estimates, even and at least 4. An estimator that draws no random
-        numbers is called twice instead.
-    - `check`: also check, for [`forwardgrad.WeightPerturbation`][], what holds of every single
-        estimate by one tangent of signs. With d the directional derivative and N the number of
-        entries that are perturbed, $g \cdot \hat g = d^2$ and
-        $\lVert \hat g \rVert^2 = N d^2$, so that
-        $N\, g \cdot \hat g / \lVert \hat g \rVert^2 = 1$. This needs no statistics and finds an
-        error of rounding's size, where a bias hides behind the noise. The largest deviation of 8
-        estimates is the diagnosis' `identity_error`.
+        numbers is called only twice.
+    - `check`: also check an identity of [`forwardgrad.WeightPerturbation`][], which holds for every
+        single estimate with one tangent of signs. Let d be the directional derivative, and N the
+        number of perturbed entries. Then $g \cdot \hat g = d^2$ and
+        $\lVert \hat g \rVert^2 = N d^2$, hence
+        $N\, g \cdot \hat g / \lVert \hat g \rVert^2 = 1$. This needs no statistics, and finds
+        errors as small as rounding, while a small bias is hidden by the noise. The diagnosis'
+        `identity_error` is the largest deviation of 8 estimates.
 
     **Returns:**
 

@@ -16,19 +16,20 @@ class DiagnosisRow:
     z = \frac{\beta^2}{\sigma}.$$
 
     V is the total variance of one estimate, the trace of its covariance Σ. The mean of S unbiased
-    estimates still misses g by $V / S$ in expected squared norm; without it, $\beta^2$ is an
-    unbiased estimate of the squared norm of the bias, which noise may make negative.
+    estimates still differs from g, by $V / S$ in expected squared norm. This is subtracted, so that
+    $\beta^2$ is an unbiased estimate of the squared norm of the bias. Noise may make it negative.
 
-    σ is its standard error under no bias,
+    σ is its standard error if there is no bias,
     $\sigma^2 = 2 \frac{S + 2}{S^3} \operatorname{tr} \Sigma^2
     + \epsilon^4 (\lVert g \rVert^2 + \lVert m \rVert^2)^2$.
     For the differences $\delta_i$ of the pairs, $E (\delta_i \cdot \delta_{i+1})^2 =
     4 \operatorname{tr} \Sigma^2$, whatever the bias, and $\operatorname{tr} \Sigma^2$ is never less
-    than $V^2$ divided by the number of parameters. ε, 32 units of rounding, is for estimators
-    without noise, whose z is then as good as 0 or very large. Under no bias z has mean 0 and
-    variance 1. Its distribution lies between the normal one (noise in many directions) and that
-    of $(\chi^2_1 - 1) / \sqrt 2$ (noise in one), and it is above 5 with a probability of no more
-    than half a per cent.
+    than $V^2$ divided by the number of parameters. The term with ε, 32 units of rounding, serves
+    estimators without noise: their z is either close to 0 or very large.
+
+    If there is no bias, z has mean 0 and variance 1. Its distribution lies between the normal one
+    (noise in many directions) and that of $(\chi^2_1 - 1) / \sqrt 2$ (noise in one direction). It
+    is above 5 with a probability of at most half a per cent.
 
     **Arguments:**
 
@@ -108,8 +109,8 @@ class Diagnosis:
         gradient by backpropagation. The body of a loop counts once. None where XLA does not say,
         or there is no reverse mode.
     - `temp_bytes`, `exact_temp_bytes`: XLA's temporary memory of each.
-    - `identity_error`: how far off the identity of one tangent is, relative to it; None where it
-        was not checked.
+    - `identity_error`: the relative deviation from the identity of one tangent, or None if it was
+        not checked.
     """
 
     estimator: str

@@ -33,11 +33,11 @@ def estimation(
 ) -> Estimation:
     """[`forwardgrad.value_and_grad`][] with a state: what the estimator remembers between steps.
 
-    The feedback weights of [`forwardgrad.FeedbackAlignment`][] and
-    [`forwardgrad.DirectFeedbackAlignment`][] are such a state: `init` draws them once, and the
-    steps give the same gradients as without, without drawing them again. An estimator that
-    remembers nothing has the state `()`. Both functions work under `jax.jit`, and a step in
-    `jax.lax.scan`, its state in the carry.
+    For example, [`forwardgrad.FeedbackAlignment`][] and [`forwardgrad.DirectFeedbackAlignment`][]
+    keep their feedback weights in the state. `init` draws them once. The steps then give the same
+    gradients as `value_and_grad`, which draws them in every step. An estimator that remembers
+    nothing has the state `()`. Both functions work under `jax.jit`, and `step` works in
+    `jax.lax.scan` with the state in the carry.
 
     **Arguments:**
 

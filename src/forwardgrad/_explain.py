@@ -46,10 +46,10 @@ def explain(
     has_aux: bool = False,
     **kwargs: Any,
 ) -> Explanation:
-    """Say for each parameter how its gradient would come about.
+    """Say for each parameter how its gradient would be found.
 
-    It traces `fun` and computes nothing, so that a large model costs no more than its tracing;
-    arrays may be `jax.ShapeDtypeStruct`s.
+    It traces `fun` and computes nothing, so it is cheap for large models too. Arrays may be
+    `jax.ShapeDtypeStruct`s.
 
     **Arguments:**
 

@@ -21,16 +21,16 @@ def filter_value_and_grad(
 ) -> Callable[..., tuple[Any, PyTree[Array | None]]]:
     """A function that evaluates `fun` and a gradient of it, for models that hold more than arrays.
 
-    It stands where `equinox.filter_value_and_grad` stands: the gradient is with respect to the
-    floating-point arrays of the first argument, for instance an Equinox model, and has None in the
-    place of everything else there.
+    It takes the place of `equinox.filter_value_and_grad`. The gradient is with respect to the
+    floating-point arrays of the first argument, for instance an Equinox model. It has None in the
+    place of everything else.
 
     **Arguments:**
 
     - `fun`: a function `fun(model, *args, **kwargs)` that returns a real scalar, or
         [`forwardgrad.Losses`][] that add up to one, or with `has_aux` a pair of either and anything
-        else. `model` is any pytree; the leaves that are no floating-point arrays, such as
-        functions, integers and flags, are passed on as they are.
+        else. `model` is any pytree. Leaves that are not floating-point arrays, such as functions,
+        integers and flags, are passed on as they are.
     - `estimator`, `argnums`, `has_aux`: as for [`forwardgrad.value_and_grad`][].
 
     **Returns:**

@@ -13,17 +13,18 @@ from forwardgrad._errors import InputError
 
 
 class Losses(eqx.Module):
-    """Losses whose sum is the objective, and what each entry of them belongs to.
+    """Losses whose sum is the objective, with names for their axes.
 
-    A function given to [`forwardgrad.value_and_grad`][] may return its losses like this instead of
-    adding them up. An exact gradient is that of the sum. A forward gradient has less variance: a
-    perturbation is multiplied by the change of those losses alone that it can influence.
+    A function that is given to [`forwardgrad.value_and_grad`][] may return its losses in this form,
+    instead of adding them up. An exact gradient is that of the sum. A forward gradient has less
+    variance, because a perturbation is multiplied by the change of only those losses that it can
+    influence.
 
     **Arguments:**
 
     - `terms`: arrays of any shapes.
-    - `axes`: for each term the names of its axes. `"example"` is found again in activations; other
-        names where activations are marked with them ([`forwardgrad.activation`][]).
+    - `axes`: for each term the names of its axes. The axis `"example"` is found in the activations
+        without help. Other names have to be marked there by [`forwardgrad.activation`][].
 
     **Raises:**
 

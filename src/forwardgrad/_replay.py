@@ -32,9 +32,9 @@ _STRINGS = ("begun", "ended", "optimiser")
 class ReplayLog:
     """A training run: where it began, the scalars of each step, and where it ended.
 
-    [`forwardgrad.ReplayLog.of_run`][] makes it, and [`forwardgrad.replay`][] the trained parameters
-    of it. A step takes some 16 bytes, and four more for every further derivative, whatever the size
-    of the model.
+    [`forwardgrad.ReplayLog.of_run`][] makes it, and [`forwardgrad.replay`][] computes the trained
+    parameters from it. A step takes some 16 bytes, and four more for every further derivative,
+    whatever the size of the model.
 
     - `scalars`: those of all steps, stacked.
     - `begun`, `ended`: digests of the parameters before and after.
@@ -144,9 +144,10 @@ def replay(
 ) -> Any:
     """The parameters that a training run ended with, from those it began with and its log.
 
-    Every step is `apply_scalars`, the optimiser's update and `optax.apply_updates`, compiled
-    as one program. A run whose steps do the same comes out bit for bit: one program that measures,
-    and one that is this step. The log knows the end, so that another result is an error.
+    Every step is `apply_scalars`, the optimiser's update and `optax.apply_updates`, compiled as one
+    program. The result is the same bit for bit if the run did the same: one program that measures,
+    and one that is this step. The log has a digest of the final parameters, so another result is
+    an error.
 
     **Arguments:**
 

@@ -15,9 +15,9 @@ def directional_derivatives(
 ) -> Callable[..., Any]:
     """A function that measures, and leaves the gradient to [`forwardgrad.apply_scalars`][].
 
-    The two are [`forwardgrad.value_and_grad`][] in two halves. Between them are a few scalars,
-    however large the model is: whoever has the parameters and the key makes the gradient of them,
-    somewhere else or later.
+    Together the two are [`forwardgrad.value_and_grad`][] in two halves. Only a few scalars pass
+    from one half to the other, however large the model is. Whoever has the parameters and the key
+    can compute the gradient from them, in another place or later.
 
     **Arguments:**
 
@@ -67,7 +67,7 @@ def apply_scalars(
     key: Key[Array, "*workers"],
     scalars: Scalars,
 ) -> PyTree[Array]:
-    """The gradient that scalars stand for: the tangents are drawn again, and multiplied by them.
+    """The gradient from its scalars: the tangents are drawn again, and multiplied by them.
 
     **Arguments:**
 
@@ -75,8 +75,8 @@ def apply_scalars(
         `params`, only the shapes and dtypes matter.
     - `scalars`: what it returned.
 
-    With a vector of keys, and scalars stacked alike (`jax.lax.all_gather` does it), it is the sum
-    of the gradients, at hardly more cost than one.
+    With a vector of keys, and scalars stacked in the same way (for instance by
+    `jax.lax.all_gather`), the result is the sum of the gradients. It costs little more than one.
 
     **Returns:**
 

@@ -19,9 +19,9 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, PyTree[Array]]]:
     """A function that evaluates `fun` and a gradient of it, by the given estimator.
 
-    It stands where `jax.value_and_grad` stands: the gradient has the tree, shapes and dtypes of
-    what it is with respect to, and goes into any Optax optimiser. It works under `jax.jit` (which
-    is how to use it: without, the function is traced at every call), `vmap`, `scan` and sharding.
+    It takes the place of `jax.value_and_grad`. The gradient has the tree, shapes and dtypes of the
+    parameters, and goes into any Optax optimiser. The function works under `jax.jit`, `vmap`,
+    `scan` and sharding. Use it under `jax.jit`: otherwise `fun` is traced at every call.
 
     **Arguments:**
 
@@ -29,15 +29,16 @@ def value_and_grad(
         [`forwardgrad.Losses`][] that add up to one, or with `has_aux` a pair of either and anything
         else. `params` is a pytree of floating-point arrays; the other arguments may be anything.
     - `estimator`: for instance [`forwardgrad.WeightPerturbation`][].
-    - `argnums`: which argument, or for a sequence which ones, to differentiate with respect to;
-        the other ones are data to estimators that distinguish it. Negative ones count from the end.
+    - `argnums`: the argument to differentiate with respect to, or a sequence of several. The other
+        arguments are data, for estimators that make a difference. Negative numbers count from the
+        end.
     - `has_aux`: whether `fun` returns auxiliary data beside its value.
 
     **Returns:**
 
     A function `(params, *args, key=None, **kwargs) -> (value, grads)`, or `((value, aux), grads)`
-    with `has_aux`. `grads` is a tuple where `argnums` is a sequence. `key` is a `jax.random.key`:
-    random estimators need it, exact ones ignore it.
+    with `has_aux`. `grads` is a tuple if `argnums` is a sequence. `key` is a `jax.random.key`.
+    Random estimators need it, and exact ones ignore it.
 
     **Raises:**
 

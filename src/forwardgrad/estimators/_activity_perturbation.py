@@ -17,33 +17,33 @@ from forwardgrad.rewrite import Program
 class ActivityPerturbation(AbstractPerturbedActivities):
     r"""The activity-perturbed forward gradient (FG-A).
 
-    Every activation $z$ is perturbed along a random tangent $u$ of zero mean and unit covariance,
-    in one forward pass. With $d$ the directional derivative of the losses,
+    In one forward pass, every activation $z$ is perturbed along a random tangent $u$ of zero mean
+    and unit covariance. With $d$ the directional derivative of the losses,
 
     $$\hat g_z = \frac1K \sum_{k=1}^K d_k u_k, \qquad
     \hat g_W = \hat g_z^\top \frac{\partial z}{\partial W},$$
 
-    so that the layer's own product with its input is the only derivative that is taken in reverse.
-    The last layer gets its exact gradient. The estimate is unbiased.
+    The layer's own product with its input is the only derivative that is taken in reverse. The last
+    layer gets its exact gradient. The estimate is unbiased.
 
-    Its variance grows with the number of activations that share a $d$, which is why losses should
-    come apart: where `fun` returns [`forwardgrad.Losses`][], an activation of an example is
-    multiplied by the change of the losses of this example alone (likewise for any other axis whose
-    name a mark shares with the losses), and of those terms alone that it can change. From a plain
-    scalar, all examples share one $d$.
+    The variance grows with the number of activations that share a $d$. So return the losses as
+    [`forwardgrad.Losses`][], not as one scalar. An activation of an example is then multiplied by
+    the change of only this example's losses, and of only those terms that it can change. The same
+    holds for any other axis whose name appears both in the losses and in a mark of the activation.
+    If `fun` returns a plain scalar, all examples share one $d$.
 
-    An activation is what parameters make of data, before its nonlinearity: the output of a product,
-    convolution or lookup with what is added or scaled by parameters after it. Where a ReLU follows,
-    units that it switches off are not perturbed. A network can mark others, and what their axes
-    are, by [`forwardgrad.activation`][]; without, the axis of the examples is followed from the
-    losses back through the program.
+    An activation is what parameters make of data, before the nonlinearity: the output of a product,
+    convolution or lookup, with what parameters add to it or scale it by. If a ReLU follows, the
+    units that it switches off are not perturbed. A network can mark other values as activations,
+    with names for their axes, by [`forwardgrad.activation`][]. Without a mark, the axis of the
+    examples is found by following it from the losses back through the program.
 
     **Arguments:**
 
     - `tangents`: K, the number of tangents whose estimates are averaged.
     - `distribution`: of the tangents' entries: `"rademacher"`, `"normal"`, or `"sphere"` (every
         activation's tangent scaled as one vector).
-    - `chunk`: how many tangents are pushed through at a time; see `WeightPerturbation`.
+    - `chunk`: how many tangents are computed at a time; see `WeightPerturbation`.
 
     **Raises:**
 

@@ -14,19 +14,19 @@ from forwardgrad.rewrite import Program
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedParameter:
-    """How the gradient of one array of parameters comes about.
+    """How the gradient of one array of parameters is found.
 
     **Arguments:**
 
     - `path`: its path in `params` (`jax.tree_util.keystr`).
     - `shape`: its shape.
     - `how`: `"rank-one"` or `"dense"`, a tangent of its own; `"activation"`, a perturbation of what
-        its layer computes; `"feedback"`, errors that come by random weights; `"exact"`; or
-        `"none"`, if no loss depends on it.
+        its layer computes; `"feedback"`, errors that come back through random weights; `"exact"`;
+        or `"none"`, if no loss depends on it.
     - `where`: where its tangent has to be built as an array: primitive, file, line.
-    - `terms`: the terms of the losses that it can change, by their positions.
-    - `axes`: of what its layer computes, where each axis of the losses is: `"example: axis 0"`, or
-        `"mixed"` where each of these losses depends on every entry.
+    - `terms`: the positions of those terms of the losses that it can change.
+    - `axes`: where each axis of the losses is in what its layer computes, for instance
+        `"example: axis 0"`, or `"mixed"` if each of these losses depends on every entry.
     """
 
     path: str

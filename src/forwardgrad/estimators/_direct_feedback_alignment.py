@@ -68,20 +68,20 @@ class _Way(NamedTuple):
 class DirectFeedbackAlignment(AbstractFeedback):
     r"""Direct feedback alignment (DFA): the output's error goes straight to every layer.
 
-    With $e = \partial L / \partial y$ the error of the output layer, the input $x$ of every later
-    matrix product or convolution gets
+    Let $e = \partial L / \partial y$ be the error of the output layer. The input $x$ of every
+    matrix product or convolution after the first gets
 
     $$\hat g_x = e B^\top,$$
 
-    with a fixed matrix $B$ of random signs for each, drawn once from the seed, whatever lies
-    between $x$ and the output. What lies between $x$ and the product before it, a nonlinearity, a
-    normalisation, a scale, is differentiated as usual; the output layer gets its exact gradient.
-    Where only scales come after $x$, what they are multiplied with gets feedback as well.
-    Where $x$ is complex, both parts of $B$ are random signs.
+    whatever lies between $x$ and the output. Each $x$ has its own fixed matrix $B$ of random signs,
+    drawn once from the seed. What lies between $x$ and the product before it (a nonlinearity, a
+    normalisation, a scale) is differentiated as usual. The output layer gets its exact gradient. If
+    only scales come after $x$, the value that they are multiplied with gets feedback as well. If
+    $x$ is complex, both parts of $B$ are random signs.
 
     `fun` must return [`forwardgrad.Losses`][] with an axis of examples, because every example has
-    an error of its own, and have one output layer that hidden layers lead to. A readout on
-    features that are constants to it is no such layer; it gets its exact gradient.
+    its own error. It must have an output layer that hidden layers lead to. A readout whose inputs
+    are constants to it does not count as one; it gets its exact gradient.
 
     **Arguments:**
 

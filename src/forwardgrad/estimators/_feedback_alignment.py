@@ -35,15 +35,15 @@ class FeedbackAlignment(AbstractFeedback):
 
     $$\hat g_x = \delta B^\top, \qquad \hat g_W = x^\top \delta,$$
 
-    with $B$ of the shape of $W$, drawn once from the seed and never learned. Everything else,
-    nonlinearities and normalisation, is differentiated as usual. The result is a biased gradient:
-    learning works because $W$ comes to align with $B$.
+    $B$ has the shape of $W$. It is drawn once from the seed, and never learned. Everything else,
+    such as nonlinearities and normalisation, is differentiated as usual. The gradient is biased.
+    Learning works because $W$ becomes aligned with $B$.
 
-    Matrix products and convolutions of any model are found by walking its program; lookups, biases
-    and scales have nothing to send back. B stands in the place of what the product is made with:
-    with `x @ (W * mask)`, of the masked weight. A weight that is used twice has two feedback
-    weights. [`forwardgrad.estimation`][] keeps them from step to step; without, the same ones are
-    drawn again in every step.
+    The matrix products and convolutions of any model are found by walking its program. Lookups,
+    biases and scales have nothing to send back. B takes the place of whatever the product is made
+    with; in `x @ (W * mask)` this is the masked weight. A weight that is used twice has two
+    feedback weights. [`forwardgrad.estimation`][] keeps them from step to step. `value_and_grad`
+    draws the same ones again in every step.
 
     **Arguments:**
 

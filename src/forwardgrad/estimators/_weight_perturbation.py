@@ -51,23 +51,24 @@ class WeightPerturbation(AbstractEstimator):
 
     $$\hat g = \frac1K \sum_{k=1}^K d_k v_k, \qquad d_k = \nabla f(\theta) \cdot v_k,$$
 
-    with random tangents $v_k$ of zero mean and unit covariance, so that $E[\hat g] = \nabla f$.
-    The directional derivatives $d_k$ come from forward mode: no tape, no backward pass, no memory
-    that grows with depth, and one pass over the primal for all K.
+    The random tangents $v_k$ have zero mean and unit covariance, so $E[\hat g] = \nabla f$. The
+    directional derivatives $d_k$ come from forward mode. There is no tape and no backward pass, and
+    the memory does not grow with depth. All K tangents share one pass over the primal.
 
-    With `structure="rank-one"` the tangent of a weight matrix is an outer product
-    $V = a b^\top$ of two independent vectors. This is just as unbiased, and never built:
-    $x V = (x a) b^\top$ costs $O(B(m + n))$ for a batch of B, where a dense tangent costs a second
-    matrix product. The function is rewritten for that (see "How the rewrite works"); a weight in
-    a place that the rewrite does not know gets its tangent as an array, exact and only slower.
+    With `structure="rank-one"` the tangent of a weight matrix is an outer product $V = a b^\top$ of
+    two independent vectors. The estimate stays unbiased, and the tangent is never built: for a
+    batch of B, $x V = (x a) b^\top$ costs $O(B(m + n))$, where a dense tangent costs a second
+    matrix product. The function is rewritten for this (see "How the rewrite works"). If the rewrite
+    has no formula for a use of a weight, the tangent is built as an array. This is exact, only
+    slower.
 
-    Where `fun` returns [`forwardgrad.Losses`][], the tangent of a parameter is multiplied by the
-    derivative of those terms alone that the parameter can change: with greedy local losses, those
-    of its own block.
+    If `fun` returns [`forwardgrad.Losses`][], the tangent of a parameter is multiplied by the
+    derivative of only those terms that the parameter can change. With greedy local losses, these
+    are the terms of its own block.
 
-    With D parameters, signs or spheres, dense or rank-one, one tangent has
-    $\lVert v \rVert^2 = D$, hence $\lVert\hat g\rVert^2 = d^2 D$, and the estimate has the total
-    variance $(D - 1) \lVert\nabla f\rVert^2$; K tangents divide it by K.
+    Let D be the number of parameters. One tangent of signs or on the sphere, dense or rank-one, has
+    $\lVert v \rVert^2 = D$, hence $\lVert\hat g\rVert^2 = d^2 D$. The total variance of the
+    estimate is $(D - 1) \lVert\nabla f\rVert^2$, and K tangents divide it by K.
 
     **Arguments:**
 
@@ -76,23 +77,25 @@ class WeightPerturbation(AbstractEstimator):
         least variance), `"normal"` (the paper's), or `"sphere"` (uniform on the sphere; dense
         tangents are scaled as one vector, factors one by one).
     - `structure`: `"rank-one"` or `"dense"`.
-    - `rank`: the number R of outer products in a rank-one tangent. It is
-        $V = R^{-1/2} \sum_r a_r b_r^\top$. More of them make $d$'s distribution less heavy-tailed
-        and the step dearer.
+    - `rank`: the number R of outer products in a rank-one tangent,
+        $V = R^{-1/2} \sum_r a_r b_r^\top$. With more of them, large $d$ are less frequent, and the
+        step costs more.
     - `orthogonal`: return what K orthogonalised tangents would give: the exact gradient projected
-        on the span of the K tangents and scaled by D/K. This is unbiased for dense tangents, and up
-        to relative terms of order $D^{-3/2}$ for rank-one ones.
-    - `clip`: the bound on every directional derivative $|d_k|$. This introduces a bias where it is
-        active, and keeps the rare large $d_k$ from ending a run. None: no bound.
-    - `exact_last`: give the parameters of layers that no other layer comes after (an output layer,
-        the heads of local losses) their exact gradient. It is local to the layer, and leaves the
-        variance of the perturbed parameters free of theirs, which is often most of it.
-    - `chunk`: how many tangents are pushed through at a time, which bounds the memory of many; the
-        primal is then computed again for each chunk. None: all of them, or one at a time where the
-        function cannot be batched (a callback, an ordered effect).
-    - `mask_rows`: leave rows of a table that the function does not look up out of the tangents:
-        their gradient is zero. Which rows these are is data, so that workers and
-        [`forwardgrad.apply_scalars`][] have to be told; False adds noise, and keeps it to scalars.
+        on the span of the K tangents, and scaled by D/K. This is unbiased for dense tangents. For
+        rank-one ones it is unbiased up to relative terms of order $D^{-3/2}$.
+    - `clip`: bound every $|d_k|$ by this value, so that a rare large $d_k$ cannot end a run. This
+        introduces a bias wherever it is active. None: no bound.
+    - `exact_last`: give the last layers their exact gradient. These are the layers that no other
+        layer comes after: an output layer, the heads of local losses. Their gradient is local to
+        the layer. The variance of the perturbed parameters then no longer contains the squared
+        gradients of the last layers, which are often most of it.
+    - `chunk`: how many tangents are computed at a time. This bounds the memory, but the primal is
+        computed again for each chunk. None: all of them, or one at a time if the function cannot
+        be batched (a callback, an ordered effect).
+    - `mask_rows`: do not perturb rows of a table that the function does not look up; their gradient
+        is zero. Which rows these are depends on the data, so workers and
+        [`forwardgrad.apply_scalars`][] have to be told. With False they need only scalars, and the
+        estimate has more noise.
 
     **Raises:**
 

@@ -17,21 +17,21 @@ from forwardgrad.rewrite import gathered, varying_like
 class WorkerTangents(AbstractEstimator):
     r"""Weight perturbation with a tangent for each worker of a `shard_map`.
 
-    The W workers along an axis have the same parameters and a share of the data each. Every one
-    measures its own losses $f_w$ along tangents of its own; what it sends to the others is the
-    directional derivatives, and everybody applies all of them:
+    The W workers along an axis have the same parameters, and each has a share of the data. Each
+    worker measures its own losses $f_w$ along its own tangents. It sends only the directional
+    derivatives to the others, and every worker applies all of them:
 
     $$\hat g = \sum_{w=1}^W d_w v_w, \qquad d_w = \nabla f_w(\theta) \cdot v_w,
     \qquad E[\hat g] = \sum_w \nabla f_w.$$
 
-    That is W tangents for the price of one, all in one direction where the data are alike: with
-    equal $\nabla f_w$, the variance is a W-th of what [`forwardgrad.WeightPerturbation`][] has with
-    one key for all, which sums the derivatives along one tangent,
-    $\hat g = (\sum_w \nabla f_w \cdot v)\, v$. A message is K derivatives for each part of the
-    parameters, in both cases; with `mask_rows`, a byte for each row of a table as well.
+    So there are W tangents for the price of one. Compare [`forwardgrad.WeightPerturbation`][] with
+    one key for all workers, which sums the derivatives along one tangent,
+    $\hat g = (\sum_w \nabla f_w \cdot v)\, v$. If the $\nabla f_w$ are equal, the variance here
+    is a W-th of that. In both cases a message has K derivatives for each part of the parameters,
+    and with `mask_rows` also a byte for each row of a table.
 
-    The value is the worker's own; `jax.lax.pmean` makes it that of all. The gradient is that of the
-    losses of all, and the same everywhere.
+    The value is the worker's own; `jax.lax.pmean` gives the mean over workers. The gradient is that
+    of the losses of all workers, and the same everywhere.
 
     **Arguments:**
 

@@ -36,8 +36,8 @@ def _of_one_length(x: Float[Array, "batch units"]) -> Float[Array, "batch units"
 class AbstractNetwork(eqx.Module):
     """Blocks one after another, and a linear classifier on the last one's features.
 
-    A network whose blocks have losses of their own has a head, a linear layer too, for each. Heads
-    have as many outputs as the classifier, or `projection` ones in contrastive learning.
+    If the blocks have losses of their own, each block has a head, which is a linear layer. A head
+    has as many outputs as the classifier, or `projection` outputs in contrastive learning.
     """
 
     blocks: list[Callable[[Array], Array]]
@@ -61,8 +61,8 @@ class AbstractNetwork(eqx.Module):
     def classify(self, x: Array) -> Float[Array, "batch classes"]:
         """The logits for the last block's output: a linear layer on its pooled features.
 
-        Where heads project features, it is a readout, and features grow as they like: they are
-        scaled to one length for it.
+        If the heads project features, the classifier is a readout. Nothing limits the size of the
+        features then, so they are scaled to one length.
         """
         pooled = self.pooled(x)
         return self.classifier(pooled if self.projection is None else _of_one_length(pooled))

@@ -40,7 +40,7 @@ SIZES: tuple[str, ...] = ("s/1/1", "m/1/16", "m/8/16", "l/8/64", "l/32/64")
 def size_of(name: str) -> Size | None:
     """The size of a LocalMixer called `units/patches/groups`, of the paper's or any other; or None.
 
-    One block where there is one patch, else four, as the paper's.
+    It has one block if there is one patch, and four otherwise, as in the paper.
 
     >>> size_of("m/8/16")
     Size(units=512, patches=8, groups=16, blocks=4)
@@ -103,10 +103,10 @@ class Block(eqx.Module):
 class LocalMixer(AbstractNetwork):
     r"""Blocks on image patches, each with a head of its own, and a classifier on the last.
 
-    An image is cut into `patches` x `patches` squares. Block 0 takes the pixels of a patch to H
-    units and mixes the units within each of G groups; later blocks first mix the patches, and add
-    what they compute to their input. No normalisation has a learned scale; the one after a grouped
-    layer is within groups, so that what a group computes, no other group of the block sees.
+    An image is cut into `patches` x `patches` squares. Block 0 maps the pixels of a patch to H
+    units, and mixes the units within each of G groups. Later blocks mix the patches first, and add
+    their result to their input. No normalisation has a learned scale. The normalisation after a
+    grouped layer is within groups, so that no group of a block depends on another one.
 
     **Arguments:**
 

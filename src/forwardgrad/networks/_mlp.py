@@ -21,7 +21,7 @@ class Dense(eqx.Module):
 
 
 class MLP(AbstractNetwork):
-    """Fully connected layers with ReLU between them; none hidden is logistic regression.
+    """Fully connected layers with ReLU between them; without hidden ones, logistic regression.
 
     The paper's network is 784-1024-1024-10 (Baydin et al. 2022, Section 5.3).
     """

@@ -24,7 +24,7 @@ class Contrastive(AbstractTask):
     $$\ell_i = -\frac1{2B} \log
     \frac{\exp(u_i \cdot u_{j(i)} / \tau)}{\sum_{k \ne i} \exp(u_i \cdot u_k / \tau)}.$$
 
-    Labels are not used: a network's classifier is a readout on features that do not learn from it.
+    Labels are not used. A network's classifier is a readout: the features do not learn from it.
 
     **Arguments:**
 
@@ -66,7 +66,7 @@ class Contrastive(AbstractTask):
 
         $$\frac{\partial L}{\partial u} = \frac1{2B\tau} (P + P^\top - 2M)\, u,$$
 
-        of which an output gets the part that turns it, divided by its length.
+        An output gets the component of this that is orthogonal to it, divided by its length.
         """
         u, scale = directions(outputs)
         probabilities = jax.nn.softmax(self._scores(u), axis=1)

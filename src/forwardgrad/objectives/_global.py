@@ -16,7 +16,7 @@ class GlobalLoss(AbstractObjective):
     $$L = -\frac1B \sum_b \log \operatorname{softmax}(z_b)_{y_b}.$$
 
     In contrastive learning it is the loss of the last head's output, the projected features. The
-    classifier learns alongside, by its own cross-entropy, on features that are constants to it.
+    classifier learns at the same time by its own cross-entropy. The features are constants to it.
 
     **Arguments:**
 

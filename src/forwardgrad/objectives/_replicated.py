@@ -14,13 +14,13 @@ from forwardgrad.rewrite import transparent
 def separate_losses(task: AbstractTask, outputs: Outputs, labels: Labels) -> PerExample:
     r"""A task's losses, each differentiated by the outputs of its own example alone.
 
-    The others are constants to it. Where a loss compares examples with each other, its whole
-    change is shared out to those that cause it,
+    The outputs of other examples are constants to it. If a loss compares examples with each other,
+    its change is divided among the examples that cause it,
 
     $$\mathrm d\ell_b = \frac{\partial L}{\partial z_b} \cdot \mathrm d z_b,
     \qquad L = \sum_b \ell_b,$$
 
-    so that the losses' sum has the derivative that it has anyway.
+    so the sum of the losses keeps its derivative.
     """
     return task.losses(transparent(outputs), labels)
 
@@ -47,9 +47,9 @@ def replicated_loss(
     The head sees the features' mean over patches,
     $z_b = W^\top \frac1P \sum_p h_{\cdot b p} + c$, and the loss $\ell_b$ of an example is the
     same for every copy. But copy (g, b, p) depends on the features of its group, example and patch
-    alone: the others are constants to it, those of other examples too where the task compares
-    examples. All copies are scaled to add up to the loss $L = \sum_b \ell_b$, whose
-    derivative is then the sum of theirs.
+    alone. All other features are constants to it, including those of other examples if the task
+    compares examples. The copies are scaled to add up to the loss $L = \sum_b \ell_b$, and so do
+    their derivatives.
 
     The closed form is
 
@@ -57,8 +57,8 @@ def replicated_loss(
     \mathrm d h_{ubp}, \qquad
     \frac{\partial L}{\partial \bar h} = W \frac{\partial L}{\partial z}^\top,$$
 
-    so that no copy is ever computed. The copies' values are equal shares of the loss, and do not
-    say which features they depend on: a finite difference cannot take the derivative's place.
+    so no copy is ever computed. The values of the copies are equal shares of the loss. They do not
+    show which features a copy depends on, so a finite difference cannot replace the derivative.
 
     **Arguments:**
 

@@ -17,8 +17,9 @@ PerExample = Float[Array, " batch"]
 class AbstractTask(eqx.Module):
     """A loss of every example, as a function of a linear layer's outputs.
 
-    An objective says where losses sit, a task what they are. Examples may depend on each other:
-    the losses' sum is what is learned, and `error` says how it changes.
+    An objective says where the losses are, and a task says what they are. The loss of an example
+    may depend on other examples. What is learned is the sum of the losses, and `error` is its
+    derivative.
     """
 
     uses_labels: ClassVar[bool]
