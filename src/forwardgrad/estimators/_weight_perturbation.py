@@ -83,8 +83,8 @@ class WeightPerturbation(AbstractEstimator):
     - `orthogonal`: return what K orthogonalised tangents would give: the exact gradient projected
         on the span of the K tangents, and scaled by D/K. This is unbiased for dense tangents. For
         rank-one ones it is unbiased up to relative terms of order $D^{-3/2}$.
-    - `clip`: bound every $|d_k|$ by this value, so that a rare large $d_k$ cannot end a run. This
-        introduces a bias wherever it is active. None: no bound.
+    - `clip`: a bound on every directional derivative $|d_k|$, so that a rare large one cannot end a
+        run. This introduces a bias wherever it is active. None: no bound.
     - `exact_last`: give the last layers their exact gradient. These are the layers that no other
         layer comes after: an output layer, the heads of local losses. Their gradient is local to
         the layer. The variance of the perturbed parameters then no longer contains the squared
