@@ -319,3 +319,57 @@ def test_direct_feedback_to_a_loop_whose_outputs_are_read_out():
         assert np.all(np.isfinite(grads[name]))
         assert np.any(grads[name])
         assert not np.allclose(grads[name], exact[name], rtol=0.01)
+
+
+@jax.custom_vjp
+def fed_back(x, w, feedback):
+    del feedback
+    return x @ w
+
+
+fed_back.defvjp(
+    lambda x, w, feedback: (x @ w, (x, feedback)),
+    lambda saved, error: (error @ saved[1].T, saved[0].T @ error, None),
+)
+
+
+def test_a_weight_has_one_feedback_weight_in_all_iterations_of_a_loop():
+    """And those of a stack, which a loop inside of the loop goes through, one each."""
+    steps, (x, y) = 6, data(0)
+    shapes = {"in": (6, HIDDEN), "state": (HIDDEN, HIDDEN), "stack": (2, HIDDEN, HIDDEN)}
+    w = {n: 0.1 * jax.random.normal(jax.random.key(3), s) for n, s in shapes.items()}
+    w["last"] = weights(0)["last"]
+
+    def fun(w, feedback=None):
+        mine = feedback or {name: w[name] for name in ("state", "stack", "last")}
+        product = fed_back if feedback else lambda x, w, feedback: x @ w
+
+        def layer(h, of_layer):
+            return jnp.tanh(product(h, *of_layer)), None
+
+        def step(h, x):
+            h = jnp.tanh(x @ w["in"] + product(h, w["state"], mine["state"]))
+            return jax.lax.scan(layer, h, (w["stack"], mine["stack"]))[0], None
+
+        inputs = jnp.stack([x * i for i in range(steps)])
+        h, _ = jax.lax.scan(step, jnp.zeros((BATCH, HIDDEN)), inputs)
+        return jnp.sum((product(h, w["last"], mine["last"]) - y) ** 2)
+
+    init, gradient = fg.estimation(fun, fg.FeedbackAlignment())
+    state = init(w)
+    by_shape = {a.shape: a for a in state.arrays.values()}
+    feedback = {name: by_shape.pop(w[name].shape) for name in ("state", "stack", "last")}
+    assert not by_shape
+    assert not np.allclose(*feedback["stack"])
+    expected = jax.jit(jax.grad(fun))(w, feedback)
+    kept = jax.jit(lambda w, state: gradient(w, state=state)[1]).lower(w, state).compile()
+    drawn = jax.jit(lambda w: fg.value_and_grad(fun, fg.FeedbackAlignment())(w)[1])
+    drawn = drawn.lower(w).compile()
+    for name, grad in expected.items():
+        np.testing.assert_allclose(kept(w, state)[name], grad, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(drawn(w)[name], kept(w, state)[name])
+    # Nothing of the feedback weights is kept from the way forwards to the way back.
+    plain = jax.jit(jax.grad(fun)).lower(w).compile().memory_analysis().temp_size_in_bytes
+    assert kept.memory_analysis().temp_size_in_bytes < 1.1 * plain
+    own = sum(a.nbytes for a in state.arrays.values())
+    assert drawn.memory_analysis().temp_size_in_bytes < 1.1 * plain + 3 * own

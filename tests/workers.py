@@ -199,6 +199,58 @@ def feedback():
                     np.testing.assert_allclose(own, leaf, rtol=1e-3, atol=1e-3)
 
 
+def feedback_by_shards():
+    """Shards of a weight have feedback weights of their own, which together are one weight's."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    places = {**dict.fromkeys(WEIGHTS, S()), "a": S(None, "model"), "b": S("model", None)}
+
+    def step(w, x, y, ids):
+        product = lambda h, w: jax.lax.psum(h @ w, "model")  # noqa: E731
+        fun = lambda w: squares(network(w, x, ids, product=product), y)  # noqa: E731
+        init, gradient = fg.estimation(fun, fg.FeedbackAlignment())
+        kept, drawn = (
+            gradient(w, state=init(w))[1],
+            fg.value_and_grad(fun, fg.FeedbackAlignment())(w)[1],
+        )
+        arrays = jax.tree.map(lambda a: a[None, None], init(w).arrays)
+        return total(kept, places), total(drawn, places), arrays
+
+    specs, outs = (places, S("data"), S("data"), S("data")), (places, places, S("data", "model"))
+    of_all = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=outs))
+    kept, drawn, shards = of_all(WEIGHTS, X, Y, IDS)
+    init, gradient = fg.estimation(alone, fg.FeedbackAlignment())
+    state, whole = init(WEIGHTS, X, Y, IDS), {}
+    for number, own in state.arrays.items():
+        (first, second), others = np.asarray(shards[number])
+        np.testing.assert_array_equal([first, second], others)
+        cut = [i for i, n in enumerate(own.shape) if n != first.shape[i]]
+        assert np.array_equal(first, second) != bool(cut)
+        whole[number] = np.concatenate([first, second], axis=cut[0]) if cut else first
+    assert sum(whole[n].size for n in whole) == sum(a.size for a in state.arrays.values())
+    state = eqx.tree_at(lambda s: s.arrays, state, whole)
+    right = gradient(WEIGHTS, X, Y, IDS, state=state)[1]
+    for found in (kept, drawn):
+        np.testing.assert_allclose(flat(found), flat(right), rtol=1e-3, atol=1e-3)
+
+
+def feedback_of_workers():
+    """Workers with networks of their own have feedback matrices of their own, in DFA too."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    weights = jax.tree.map(lambda a: jnp.stack([a, a]), WEIGHTS)
+    for estimator in (fg.FeedbackAlignment(), fg.DirectFeedbackAlignment()):
+
+        def step(w, x, y, ids, estimator=estimator):
+            fun = lambda w: alone(jax.tree.map(lambda a: a[0], w), x, y, ids)  # noqa: E731
+            arrays = fg.estimation(fun, estimator).init(w).arrays
+            return jax.tree.map(lambda a: a[None, None], arrays)
+
+        specs = (S("model"), S("data"), S("data"), S("data"))
+        of_all = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=S("data", "model"))
+        for of_workers in map(np.asarray, of_all(weights, X, Y, IDS).values()):
+            np.testing.assert_array_equal(of_workers[0], of_workers[1])
+            assert not np.array_equal(of_workers[0, 0], of_workers[0, 1])
+
+
 def untyped():
     """Without types activities are still right; that weights may be shared cannot be known."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -317,7 +369,7 @@ def on_the_wire():
 PARALLEL = (alone, mean_of_all, normalised_together, contrasted, block_by_block)
 SCENARIOS = {f.__name__: (lambda f=f: data_parallel(f)) for f in PARALLEL}
 OTHERS = (sharded_weights, heads_of_workers, feedback, untyped)
-OTHERS += (own_tangents, halves, refused, on_the_wire)
+OTHERS += (feedback_by_shards, feedback_of_workers, own_tangents, halves, refused, on_the_wire)
 SCENARIOS |= {f.__name__: f for f in OTHERS}
 
 if __name__ == "__main__":

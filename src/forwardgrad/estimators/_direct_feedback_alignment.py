@@ -18,6 +18,7 @@ from forwardgrad.rewrite import (
     Hooks,
     Part,
     Program,
+    key_of_worker,
     placed_like,
     summed_change,
     varying_like,
@@ -30,7 +31,8 @@ class _Way(NamedTuple):
     Every place that both have gets the error of that place: `positions` are axes of the output,
     `digits` where they are in the input. Of the output, `units` entries are left for each of them,
     of the input `entries`, of which `scale` in one iteration of loops over layers. Where these are
-    complex, so is the matrix: both parts get an error of their own.
+    complex, so is the matrix: both parts get an error of their own. Along the axes `workers` each
+    worker has a matrix of its own.
     """
 
     number: int
@@ -41,6 +43,7 @@ class _Way(NamedTuple):
     entries: int
     scale: int
     is_complex: bool
+    workers: tuple[str, ...]
 
     def gathered(self, error: Array) -> Array:
         """The error with an axis for each digit, and one for the units."""
@@ -77,7 +80,8 @@ class DirectFeedbackAlignment(AbstractFeedback):
     drawn once from the seed. What lies between $x$ and the product before it (a nonlinearity, a
     normalisation, a scale) is differentiated as usual. The output layer gets its exact gradient. If
     only scales come after $x$, the value that they are multiplied with gets feedback as well. If
-    $x$ is complex, both parts of $B$ are random signs.
+    $x$ is complex, both parts of $B$ are random signs. Workers of a `shard_map` with weights of
+    their own have matrices of their own.
 
     `fun` must return [`forwardgrad.Losses`][] with an axis of examples, because every example has
     its own error. It must have an output layer that hidden layers lead to. A readout whose inputs
@@ -148,6 +152,7 @@ class DirectFeedbackAlignment(AbstractFeedback):
 
     def _matrix(self, way: _Way) -> Array:
         key = jax.random.fold_in(feedback_key(self.seed), way.number)
+        key = key_of_worker(key, way.workers)
         dtype = jnp.complex64 if way.is_complex else jnp.float32
         return draw(key, (way.entries, way.units), "rademacher", dtype=dtype)
 
@@ -271,6 +276,7 @@ def _ways(program: Program, outputs: Sequence[Any], x: Activation) -> list[_Way]
                 entries,
                 entries // math.prod(layers),
                 jnp.issubdtype(x.value.dtype, jnp.complexfloating),
+                program.plan.workers_of(v, x.variable),
             )
         )
     return found

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,9 @@ class FeedbackAlignment(AbstractFeedback):
     The matrix products and convolutions of any model are found by walking its program. Lookups,
     biases and scales have nothing to send back. B takes the place of whatever the product is made
     with; in `x @ (W * mask)` this is the masked weight. A weight that is used twice has two
-    feedback weights. [`forwardgrad.estimation`][] keeps them from step to step. `value_and_grad`
+    feedback weights. In a loop it has one for all iterations, and each slice of a stack that a loop
+    goes through has its own. Shards of a weight in a `shard_map` have parts of their own.
+    [`forwardgrad.estimation`][] keeps them from step to step. `value_and_grad`
     draws the same ones again in every step.
 
     **Arguments:**
@@ -81,28 +83,28 @@ class FeedbackAlignment(AbstractFeedback):
         check_products(program, "FeedbackAlignment")
         _check_layers(program)
 
+        products = _products(program)
+        kept = {} if state is None else state.arrays
+        if state is None:  # What all iterations of a loop have in common is drawn once.
+            shared = [layer for layer in products.values() if layer.loops and not layer.own_loops]
+            kept = {layer.number: self._drawn(layer, _site(layer, ())) for layer in shared}
+
         def product(layer, site, arrays):
             if layer.number not in products:
                 return evaluate(layer.eqn, arrays)[0]
-            if state is None:
-                feedback = self._drawn(layer, site)
-            else:
-                feedback = at_iterations(state.arrays[layer.number], site)
-            (position,) = layer.weights
-            weight = arrays[position]
-            feedback = placed_like(feedback.astype(weight.dtype), weight)
-            return _product_with_feedback(layer, arrays, feedback)
+            drawn = functools.partial(self._drawn, layer)
+            iterations = tuple(site.iterations[i] for i in layer.own_loops)
+            return _product_with_feedback(layer, arrays, kept.get(layer.number), drawn, iterations)
 
         def objective(leaves):
             terms, aux, _ = program.with_hooks(leaves, Hooks(product=product))
             return program.losses(terms).total(), aux
 
-        products = _products(program)
         (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(program.leaves)
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
 
     def _drawn(self, layer: Layer, site: Site) -> Array:
-        """The feedback weight of one layer, in one iteration of the loops around it."""
+        """The feedback weight of one layer, in one iteration of those loops that change it."""
         aval = layer.eqn.invars[layer.weights[0]].aval
         scale = math.sqrt(self.gain / max(1, _fan_in(layer)))
         key = site.key(feedback_key(self.seed))
@@ -110,16 +112,24 @@ class FeedbackAlignment(AbstractFeedback):
         return _normal(key, aval.shape, scale, dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _weights(self, program: Program) -> dict[int, Array]:
-        """One for each product that errors come back through, in all iterations of loops."""
+        """One for each product that errors come back through, for each weight that loops make."""
 
         def along(layer, lengths, iterations):
             if not lengths:
-                return self._drawn(layer, Site(layer.number, iterations))
+                return self._drawn(layer, _site(layer, iterations))
             return jax.vmap(lambda i: along(layer, lengths[1:], (*iterations, i)))(
                 jnp.arange(lengths[0])
             )
 
-        return {n: along(layer, layer.loops, ()) for n, layer in _products(program).items()}
+        return {
+            n: along(layer, [layer.loops[i] for i in layer.own_loops], ())
+            for n, layer in _products(program).items()
+        }
+
+
+def _site(layer: Layer, iterations: tuple[Array, ...]) -> Site:
+    """Where a layer's feedback weight belongs: workers that share a weight share it too."""
+    return Site(layer.number, iterations, layer.workers)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "scale", "dtype"))
@@ -164,7 +174,14 @@ def _fan_in(layer: Layer) -> int:
     return math.prod(shape[i] for i in numbers[0][weight])
 
 
-def _product_with_feedback(layer: Layer, arrays: Sequence[Any], feedback: Array) -> Array:
+def _product_with_feedback(
+    layer: Layer,
+    arrays: Sequence[Any],
+    kept: Array | None,
+    drawn: Callable[[Site], Array],
+    iterations: tuple[Array, ...],
+) -> Array:
+    """A product whose errors come back by a feedback weight: of `kept`, or drawn when they do."""
     (weight,) = layer.weights
     (data,) = (i for i in layer.data if is_inexact(arrays[i]))
 
@@ -174,15 +191,18 @@ def _product_with_feedback(layer: Layer, arrays: Sequence[Any], feedback: Array)
         return evaluate(layer.eqn, operands)[0]
 
     @jax.custom_vjp
-    def product(x, w, feedback):
-        del feedback
+    def product(x, w, kept, iterations):
+        del kept, iterations
         return apply(x, w)
 
     def backward(saved, error):
-        x, w, feedback = saved
+        x, w, kept, iterations = saved
+        site = _site(layer, iterations)
+        feedback = drawn(site) if kept is None else at_iterations(kept, site)
+        feedback = placed_like(feedback.astype(w.dtype), w)
         (to_x,) = jax.vjp(lambda x: apply(x, feedback), x)[1](error)
         (to_w,) = jax.vjp(lambda w: apply(x, w), w)[1](error)
-        return to_x, to_w, jnp.zeros_like(feedback)
+        return to_x, to_w, None, None
 
-    product.defvjp(lambda x, w, feedback: (apply(x, w), (x, w, feedback)), backward)
-    return product(arrays[data], arrays[weight], feedback)
+    product.defvjp(lambda x, w, *rest: (apply(x, w), (x, w, *rest)), backward)
+    return product(arrays[data], arrays[weight], kept, iterations)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from forwardgrad.rewrite._axes import NamedAxes, Places, may_have_own, places_of_terms
+from forwardgrad.rewrite._differing import differing
 from forwardgrad.rewrite._flow import MIXED, UNKNOWN, Influence, Terms
 from forwardgrad.rewrite._mark import mark_p
 from forwardgrad.rewrite._primitives import (
@@ -62,7 +63,9 @@ class Layer:
 
     `merged` is the position of an activation that it only adds a bias to, or a scale; `deep` says
     that there are several layers inside, one after another, and `moves` that its data have a
-    derivative by parameters. `loops` are the lengths of the loops around it.
+    derivative by parameters. `loops` are the lengths of the loops around it, `own_loops` the
+    positions of those in which its weights change, and `workers` the axes along which each worker
+    has a part of them.
     """
 
     eqn: JaxprEqn
@@ -73,6 +76,8 @@ class Layer:
     deep: bool
     moves: bool
     loops: tuple[int, ...]
+    own_loops: tuple[int, ...]
+    workers: tuple[str, ...]
     first_input: int
 
     @property
@@ -123,6 +128,7 @@ class Plan:
         self.flow = NamedAxes(closed)
         self.flow.run(jaxpr, places_of_terms(jaxpr, axes))
         self.uses = _uses(jaxpr)
+        self._differs = differing(jaxpr)
         self.collectives = collectives
         self._by_example = any("example" in names for names in axes)
         self._met: frozenset[int] = frozenset()
@@ -166,6 +172,16 @@ class Plan:
     def terms(self, v: Any) -> frozenset[int]:
         """The terms of the losses that a variable can change."""
         return frozenset(term for term, _ in self.places(v))
+
+    def loops_of(self, *variables: Any) -> tuple[int, ...]:
+        """The loops around variables in which they change, numbered from outside in."""
+        differs = frozenset().union(*[self._differs.get(v, ()) for v in variables])
+        return tuple(sorted(n for n in differs if isinstance(n, int)))
+
+    def workers_of(self, *variables: Any) -> tuple[str, ...]:
+        """The axes along which each worker has a part of variables, by its part of parameters."""
+        differs = frozenset().union(*[self._differs.get(v, ()) for v in variables])
+        return tuple(sorted(n for n in differs if isinstance(n, str)))
 
     def is_last(self, v: Any) -> bool:
         """Whether no layer comes between a variable and the losses."""
@@ -314,7 +330,17 @@ class Plan:
                 self._settle(eqn.invars[i], eqn)
         inputs = sum(len(layer.eqn.invars) for layer in self.layers.values())
         self.layers[id(eqn)] = Layer(
-            eqn, len(self.layers), weights, data, merged, deep, moves, self._loops, inputs
+            eqn,
+            len(self.layers),
+            weights,
+            data,
+            merged,
+            deep,
+            moves,
+            self._loops,
+            self.loops_of(*[eqn.invars[i] for i in weights]),
+            self.workers_of(*[eqn.invars[i] for i in weights]),
+            inputs,
         )
         for v in eqn.outvars:
             self._pending[v] = self._output(eqn, names)
