@@ -1,9 +1,12 @@
-"""Four workers of a `shard_map`, for `test_workers.py`, which runs this with four devices.
+"""Workers of a `shard_map`, and sharded weights, for `test_workers.py`: with eight devices.
 
 Gradients of different workers are added up as those of `jax.grad` have to be: along the axes that
 they vary along. The sum is compared with the gradient that one device has.
 """
 
+import contextlib
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as S
 
 import forwardgrad as fg
@@ -284,26 +288,26 @@ def own_tangents():
         second = squares(jnp.tanh(jax.lax.stop_gradient(h) @ w["b"] + w["bias"]) @ w["c"], y)
         return fg.Losses([*first.terms, *second.terms], [("example",)] * 2)
 
-    for inner in (fg.WeightPerturbation(), fg.WeightPerturbation(tangents=3, mask_rows=False)):
+    one, three = fg.WeightPerturbation(), fg.WeightPerturbation(tangents=3, mask_rows=False)
+    for inner, fun, typed in ((one, alone, True), (three, greedy, True), (one, greedy, False)):
         estimator = fg.WorkerTangents(inner, "data")
-        for fun, typed in ((alone, True), (greedy, True), (greedy, False)):
 
-            def step(key, w, x, y, ids, fun=fun, estimator=estimator):
-                gradient = fg.value_and_grad(lambda w: fun(w, x, y, ids), estimator)
-                return gradient(w, key=key)[1]
+        def step(key, w, x, y, ids, fun=fun, estimator=estimator):
+            gradient = fg.value_and_grad(lambda w: fun(w, x, y, ids), estimator)
+            return gradient(w, key=key)[1]
 
-            of_all = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=S(), check_vma=typed)
-            of = lambda key, f=of_all: f(key, WEIGHTS, X, Y, IDS)  # noqa: E731
-            exact = np.asarray(flat(jax.grad(lambda w, f=fun: value(f(w, X, Y, IDS)))(WEIGHTS)))
-            assert_unbiased(of, exact, f"{fun.__name__}, {typed}")
-            # It is the sum of what each worker would have by itself.
-            key, total = jax.random.key(5), jax.tree.map(jnp.zeros_like, WEIGHTS)
-            for i in range(4):
-                part = [a[2 * i : 2 * i + 2] for a in (X, Y, IDS)]
-                alone_with = fg.value_and_grad(lambda w: fun(w, *part), inner)  # noqa: B023
-                grads = jax.jit(alone_with)(WEIGHTS, key=jax.random.fold_in(key, i))[1]
-                total = jax.tree.map(jnp.add, total, grads)
-            np.testing.assert_allclose(flat(jax.jit(of)(key)), flat(total), rtol=1e-3, atol=1e-3)
+        of_all = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=S(), check_vma=typed)
+        of = lambda key, f=of_all: f(key, WEIGHTS, X, Y, IDS)  # noqa: E731
+        exact = np.asarray(flat(jax.grad(lambda w, f=fun: value(f(w, X, Y, IDS)))(WEIGHTS)))
+        assert_unbiased(of, exact, f"{fun.__name__}, {typed}")
+        # It is the sum of what each worker would have by itself.
+        key, total = jax.random.key(5), jax.tree.map(jnp.zeros_like, WEIGHTS)
+        for i in range(4):
+            part = [a[2 * i : 2 * i + 2] for a in (X, Y, IDS)]
+            alone_with = fg.value_and_grad(lambda w: fun(w, *part), inner)  # noqa: B023
+            grads = jax.jit(alone_with)(WEIGHTS, key=jax.random.fold_in(key, i))[1]
+            total = jax.tree.map(jnp.add, total, grads)
+        np.testing.assert_allclose(flat(jax.jit(of)(key)), flat(total), rtol=1e-3, atol=1e-3)
 
 
 def halves():
@@ -366,10 +370,135 @@ def on_the_wire():
     assert wire.bytes_of(masked, 0)[""]["bytes"] == 8 + 4 * len(WEIGHTS["table"])
 
 
+SHARDS = {"a": S(None, "model"), "bias": S("model"), "b": S("model", None), "c": S(None, "model")}
+LARGE = {"a": (32, 256), "bias": (256,), "b": (256, 64), "c": (64, 128)}
+EVERY = {
+    "backpropagation": fg.Backpropagation(),
+    "feedback": fg.FeedbackAlignment(),
+    "direct feedback": fg.DirectFeedbackAlignment(),
+    "dense": fg.WeightPerturbation(structure="dense"),
+    "several": fg.WeightPerturbation(tangents=4),
+    **{name: RANDOM[name] for name in ("last exact", "orthogonal", "activity")},
+}
+MOVED = re.compile(r" = (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def placed(mesh, trees, specs):
+    def place(array, spec):
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, trees, specs)
+
+
+def moved(text):
+    """The shapes that a compiled program gathers, permutes or transposes among devices."""
+    found = [s for m in MOVED.findall(text) for s in re.findall(r"\[([\d,]+)\]", m)]
+    return [tuple(map(int, s.split(","))) for s in found]
+
+
+def assert_stays_where_it_is(step, params, batch, mesh, specs, alone):
+    """Sharded weights give what those of one device give, stay as they are, and nobody has all."""
+    args = (placed(mesh, params, specs), *batch, jax.random.key(0))
+    compiled = jax.jit(step).lower(*args).compile()
+    # Activations may: one axis is that of the examples.
+    shapes = [s for s in moved(compiled.as_text()) if len(batch[0]) // 2 not in s]
+    weights = [p.size for p in jax.tree.leaves(params) if p.ndim == 2]
+    assert max(map(math.prod, shapes), default=0) < min(weights), shapes
+    found = compiled(*args)
+    for leaf, before in zip(*map(jax.tree.leaves, (found, args[0])), strict=True):
+        # What all devices have, XLA may leave to some of them.
+        alike = leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
+        assert alike or before.sharding.is_fully_replicated, (leaf.sharding, before.sharding)
+    for leaf, right in zip(*map(jax.tree.leaves, (found, alone)), strict=True):
+        np.testing.assert_allclose(leaf, right, rtol=1e-4, atol=1e-4)
+    return compiled
+
+
+def sharded_by_the_compiler(kind=AxisType.Auto):
+    """Weights of a plain `jit` that are sharded over a mesh, with every estimator."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+    keys = [jax.random.key(i) for i in range(6)]
+    pairs = zip(keys, LARGE.items(), strict=False)
+    params = {name: 0.1 * jax.random.normal(k, shape) for k, (name, shape) in pairs}
+    x, y = jax.random.normal(keys[4], (24, 32)), jax.random.normal(keys[5], (24, 128))
+    explicit = kind is AxisType.Explicit
+    sums = {"out_sharding": S("data")} if explicit else {}
+
+    def loss(w, x, y, **sums):
+        h = jnp.tanh(x @ w["a"] + w["bias"])
+        h = jnp.einsum("bi,ij->bj", h, w["b"], **sums)
+        return fg.Losses([jnp.sum((jnp.tanh(h) @ w["c"] - y) ** 2, axis=1)], [("example",)])
+
+    def step_of(estimator, **sums):
+        def step(w, x, y, key):
+            gradient = fg.value_and_grad(lambda w: loss(w, x, y, **sums), estimator)
+            return jax.tree.map(lambda w, g: w - 0.01 * g, w, gradient(w, key=key)[1])
+
+        return step
+
+    for name, estimator in EVERY.items():
+        alone = jax.jit(step_of(estimator))(params, x, y, jax.random.key(0))
+        batch = placed(mesh, (x, y), (S("data"), S("data", "model" if explicit else None)))
+        with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+            step = step_of(estimator, **sums)
+            compiled = assert_stays_where_it_is(step, params, batch, mesh, SHARDS, alone)
+        if name == "dense" and not explicit:
+            tangents = 4 * sum(math.prod(shape) for shape in LARGE.values())
+            assert compiled.memory_analysis().temp_size_in_bytes < tangents / 4
+
+
+def sharded_by_types():
+    sharded_by_the_compiler(AxisType.Explicit)
+
+
+def sharded_modules():
+    """An Equinox and a Flax NNX model whose weights are sharded over a mesh."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    x, y = jax.random.normal(jax.random.key(1), (24, 32)), jnp.ones((24, 8))
+    batch = placed(mesh, (x, y), (S("data"), S("data")))
+    model = eqx.nn.MLP(32, 8, 256, 2, key=jax.random.key(2))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    specs = jax.tree.map(lambda p: S("model") if p.shape[0] == 256 else S(), params)
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(32, 256, rngs=rngs)
+            self.last = nnx.Linear(256, 8, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(jax.nn.relu(self.first(x)))
+
+    graph, state = nnx.split(Network(nnx.Rngs(0)))
+    places = {"first": {"kernel": S(None, "model"), "bias": S("model")}}
+    places |= {"last": {"kernel": S("model", None), "bias": S()}}
+    flax_specs = jax.tree.map(lambda p: S(), state)
+    nnx.replace_by_pure_dict(flax_specs, places)
+
+    def of_equinox(p, x):
+        return jax.vmap(eqx.combine(p, static))(x)
+
+    def of_flax(p, x):
+        return nnx.merge(graph, p)(x)
+
+    for estimator in (EVERY["several"], EVERY["activity"], EVERY["feedback"]):
+        for weights, own, call in ((params, specs, of_equinox), (state, flax_specs, of_flax)):
+
+            def step(w, x, y, key, call=call, estimator=estimator):
+                def losses(w):
+                    return squares(call(w, x), y)
+
+                grads = fg.value_and_grad(losses, estimator)(w, key=key)[1]
+                return jax.tree.map(lambda w, g: w - 0.01 * g, w, grads)
+
+            alone = jax.jit(step)(weights, x, y, jax.random.key(0))
+            assert_stays_where_it_is(step, weights, batch, mesh, own, alone)
+
+
 PARALLEL = (alone, mean_of_all, normalised_together, contrasted, block_by_block)
 SCENARIOS = {f.__name__: (lambda f=f: data_parallel(f)) for f in PARALLEL}
 OTHERS = (sharded_weights, heads_of_workers, feedback, untyped)
 OTHERS += (feedback_by_shards, feedback_of_workers, own_tangents, halves, refused, on_the_wire)
+OTHERS += (sharded_by_the_compiler, sharded_by_types, sharded_modules)
 SCENARIOS |= {f.__name__: f for f in OTHERS}
 
 if __name__ == "__main__":

@@ -22,7 +22,16 @@ from forwardgrad.estimators._steering import (
     not_differentiable,
     total_of,
 )
-from forwardgrad.rewrite import Activation, Hooks, LayerWalk, Program, Stage, after, computed_in
+from forwardgrad.rewrite import (
+    Activation,
+    Hooks,
+    LayerWalk,
+    Program,
+    Stage,
+    after,
+    computed_in,
+    placed_like,
+)
 
 Evaluate: TypeAlias = Callable[..., tuple[list[Array], Any]]
 """`evaluate(eps, k, held=None)`: a stage with its activations moved by `eps` along tangents k.
@@ -170,7 +179,8 @@ class AbstractPerturbedActivities(AbstractEstimator):
         else:
             estimate = jnp.mean(jax.vmap(along)(jnp.arange(self.tangents), changes), axis=0)
         # A derivative by a complex number has the conjugate of the direction it is found along.
-        return jnp.conj(estimate).astype(activation.value.dtype)
+        estimate = jnp.conj(estimate).astype(activation.value.dtype)
+        return placed_like(estimate, activation.value)
 
 
 def _key_after(results: Any, key: Key[Array, ""]) -> Key[Array, ""]:

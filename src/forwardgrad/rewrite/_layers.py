@@ -277,6 +277,10 @@ def _threshold(eqn: JaxprEqn) -> Any:
     return constants[0] if constants else None
 
 
+FILLS = ("broadcast_in_dim", "convert_element_type", "reshard", "sharding_constraint")
+"""What makes an array of a constant; on a mesh, JAX says where."""
+
+
 def _threshold_of_rule(rule: Jaxpr) -> Any:
     """The same, where the derivative is given by a rule: `where(z > c, dz, 0)`."""
     made = {v: eqn for eqn in rule.eqns for v in eqn.outvars}
@@ -286,7 +290,7 @@ def _threshold_of_rule(rule: Jaxpr) -> Any:
     where, zero, moved = last.invars
     while not isinstance(zero, Literal):
         full = made.get(zero)
-        if full is None or full.primitive.name not in ("broadcast_in_dim", "convert_element_type"):
+        if full is None or full.primitive.name not in FILLS:
             return None
         zero = full.invars[0]
     test = None if isinstance(where, Literal) else made.get(where)

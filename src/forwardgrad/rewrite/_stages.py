@@ -113,12 +113,17 @@ def after(results: Any, arrays: Sequence[Any]) -> list[Any]:
 
     @functools.cache
     def zero(axes):
-        firsts = [leaf.reshape(-1)[0] for leaf in leaves if varying(leaf) <= axes]
+        firsts = [_one_of(leaf) for leaf in leaves if varying(leaf) <= axes]
         one_of_each = sum([first.astype(jnp.float32) for first in firsts], jnp.float32(0))
         bits = jax.lax.bitcast_convert_type(one_of_each, jnp.int32)
         return jnp.minimum(jnp.maximum(bits, 0), 0)
 
     return [a + zero(varying(a)).astype(a.dtype) if _is_number(a) else a for a in arrays]
+
+
+def _one_of(array: jax.Array) -> jax.Array:
+    """A number that needs the array: an entry, or where types say how it is sharded, the sum."""
+    return jnp.sum(array) if any(jax.typeof(array).sharding.spec) else array.reshape(-1)[0]
 
 
 def _is_number(array: Any) -> bool:
