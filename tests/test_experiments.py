@@ -384,6 +384,39 @@ def test_stored_measurements_are_read(name, count):
         assert presented.text == path.with_suffix(".md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("toy", '"function": "beale"', '"function": "bale"'),
+        ("toy", '"gradient descent": {', '"descent": {}, "gradient descent": {'),
+        ("scaling", '"BP": {', '"backpropagation": {'),
+        ("variance", '"norm": 0.34882498690354286', '"norm": 0'),
+        ("ablation", '"setting": "mnist"', '"setting": "fashion"'),
+    ],
+)
+def test_cells_that_no_figure_can_be_made_of(tmp_path, name, old, new):
+    """Each has its type, but not what belongs together: a sentence, and nothing is changed."""
+    experiment, path = EXPERIMENTS[name], tmp_path / f"{name}.json"
+    stored = (RESULTS / name / f"{name}.json").read_text()
+    assert old in stored
+    path.write_text(stored.replace(old, new))
+    before = path.read_bytes()
+    given = json.loads(stored)["options"]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    with pytest.raises(InputError, match=f"{name}.json is damaged: "):
+        experiment.run(options(name, **given, out=tmp_path))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("scaling", {"depths": ()}), ("table3", {"algorithms": ()})]
+)
+def test_options_that_ask_for_nothing(tmp_path, name, settings):
+    with pytest.raises(InputError, match=f"the options of {name} ask for no cells"):
+        EXPERIMENTS[name].run(options(name, out=tmp_path, **settings))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_folders_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = {"width": 4, "repeats": 1, "depths": (1,), "batch_sizes": (4,)}

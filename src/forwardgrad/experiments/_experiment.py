@@ -170,6 +170,8 @@ class Experiment:
             parent = "runs" if self.name == "compare" else "runs/reproduce"
             options = dataclasses.replace(options, out=Path(parent, self.name))
         jobs, console, kind = self.cells.jobs(options), Console(), self.cells.kind
+        if not jobs:
+            raise InputError(f"the options of {self.name} ask for no cells: one of them is empty")
         made = {(cell.place, cell.seed): cell for cell in self._stored(options)}
         for job in jobs:
             place = kind.at(job.place)
@@ -195,6 +197,11 @@ class Experiment:
                 raise InputError(
                     f"{path} holds results for {name} {before}, not {now}: pass another --out"
                 )
+        try:
+            if found.cells:
+                self.cells.present(found.cells)
+        except (LookupError, ValueError, ArithmeticError) as error:
+            raise InputError(f"{path} is damaged: no figure can be made of it: {error}") from error
         return found.cells
 
     def _write(self, options: Any, made: Sequence[AbstractCell]) -> str:

@@ -1,6 +1,6 @@
 """Learning curves, and cost against accuracy."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -58,7 +58,7 @@ def curves(collection: Collection) -> list[Group]:
             series = [s for each in _alike(runs) if (s := _curve(*each, key)).points]
             if series:
                 name = f"curves-{len(groups) + 1}-{key.replace('_', '-')}"
-                plots.append(_plot(name, "epochs", label, series, _line))
+                plots.append(_plot(name, "epochs", label, series))
         if plots:
             counts = f"{len(runs)} run{'s' * (len(runs) > 1)}"
             note = f"{counts}; where there are several seeds, they are thin and their mean is thick"
@@ -83,11 +83,9 @@ def pareto(points: Sequence[Point]) -> list[bool]:
 
 def _costs(collection: Collection) -> Iterator[tuple[str, list[Series]]]:
     for table in (t for t in collection.tables if t.cells.kind.ROW == ("algorithm",)):
-        for name in table.table.columns:
-            own = [
-                (p.row[0], mean.cells) for p, mean in table.table.means.items() if p.column == name
-            ]
-            points = [p for algorithm, cells in own for p in _mean(algorithm, algorithm, 0, cells)]
+        for name, own in grouped(table.table.means.items(), lambda item: item[0].column).items():
+            means = [(place.row[0], mean.cells) for place, mean in own]
+            points = [s for label, cells in means for s in _mean(label, label, 0, cells)]
             yield f"{name}, {table.path.parent.as_posix()}", points
     finished = [run for run in collection.runs if run.state == "finished"]
     alone = [run for run in finished if not any(table.has(run) for table in collection.tables)]
@@ -139,7 +137,7 @@ def _cost(name: str, title: str, series: list[Series]) -> Group:
     best = [s for s, b in zip(series, pareto([s.points[0] for s in series]), strict=True) if b]
     best.sort(key=lambda s: s.points[0])
     listed = "; ".join(f"{s.label} ({x:.3g} s, {y:.2f} %)" for s in best for x, y in s.points)
-    plot = _plot(name, "seconds of training", "test error (%)", series, _point)
+    plot = _plot(name, "seconds of training", "test error (%)", series)
     axes, points = plot.figure.axes[0], [s.points[0] for s in best]
     axes.plot(*zip(*points, strict=True), color="gray", linewidth=1, linestyle=":")
     axes.plot(*zip(*points, strict=True), "o", color="gray", markersize=12, fillstyle="none")
@@ -148,15 +146,13 @@ def _cost(name: str, title: str, series: list[Series]) -> Group:
     return Group(title, note, [plot])
 
 
-def _plot(
-    name: str, x: str, y: str, series: list[Series], draw: Callable[[Axes, Series, str], None]
-) -> Plot:
+def _plot(name: str, x: str, y: str, series: list[Series]) -> Plot:
     longest = max(len(_label(s)) for s in series)
     columns = max(1, min(4, 60 // (longest + 5)))
     size = (5.4, 3.4 + 0.22 * -(-len(series) // columns))
     figure, ((axes,),) = panels(1, 1, size=size)
     for each in series:
-        draw(axes, each, _label(each))
+        _draw(axes, each)
     scale(axes, "y", [y for s in series for line in (s.points, *s.seeds) for _, y in line])
     axes.set(xlabel=x, ylabel=y)
     # Names are no formulas.
@@ -169,19 +165,15 @@ def _plot(
     return Plot(name, f"{y} against {x}, {'at the end ' * (x == 'epochs')}{ends}", figure, series)
 
 
-def _line(axes: Axes, series: Series, label: str) -> None:
-    color, style, _ = look(series.algorithm)
+def _draw(axes: Axes, series: Series) -> None:
+    color, line, marker = look(series.algorithm)
     for points in series.seeds:
         axes.plot(*zip(*points, strict=True), color=color, linewidth=0.6, alpha=0.5)
-    # A single epoch makes no line.
-    marker = _MARKERS[series.variant % len(_MARKERS)] or ("o" if len(series.points) == 1 else "")
-    ends: Any = {"color": color, "linestyle": style, "marker": marker, "label": label}
-    axes.plot(*zip(*series.points, strict=True), linewidth=1.8, markevery=0.1, **ends)
-
-
-def _point(axes: Axes, series: Series, label: str) -> None:
-    color, _, marker = look(series.algorithm)
-    axes.plot(*series.points[0], color=color, marker=marker, linestyle="none", label=label)
+    style: dict[str, Any] = {"linestyle": "none", "marker": marker}
+    if len(series.points) > 1:
+        marker = _MARKERS[series.variant % len(_MARKERS)]
+        style = {"linestyle": line, "marker": marker, "linewidth": 1.8, "markevery": 0.1}
+    axes.plot(*zip(*series.points, strict=True), color=color, label=_label(series), **style)
 
 
 def _label(series: Series) -> str:

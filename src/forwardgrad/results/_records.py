@@ -70,42 +70,40 @@ class Measurement:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary(Origin):
-    """`summary.json`: what a run ended with. Errors in per cent."""
+class Outcome(Origin):
+    """What was trained on what, and how well. Errors in per cent."""
 
     task: Name = "supervised"
     algorithm: Name
     network: Name
     dataset: Name
-    epochs: int | float
-    steps: Count
     seed: Count
-    parameters: Count
     test_error: Percent
     train_error: Percent
-    train_loss: Number
     seconds: NotNegative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Readout(Origin):
-    """`readout.json`: the errors, in per cent, of a readout of a run's features.
+class Summary(Outcome):
+    """`summary.json`: what a run ended with."""
+
+    epochs: int | float
+    steps: Count
+    parameters: Count
+    train_loss: Number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Readout(Outcome):
+    """`readout.json`: the errors of a readout of a run's features.
 
     It was fitted on so many `examples`; `limit` is how many were asked for, None for all.
     """
 
-    task: Name
-    algorithm: Name
-    network: Name
-    dataset: Name
-    seed: Count
     features: Count
     examples: Count
     limit: Count | None
     converged: bool
-    train_error: Percent
-    test_error: Percent
-    seconds: NotNegative
 
 
 class Place(NamedTuple):
