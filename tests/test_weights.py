@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import forwardgrad as fg
+from forwardgrad.rewrite._perturbed import Factor
 from helpers import directional, dot, size
 
 X = jax.random.normal(jax.random.key(0), (6, 12))
@@ -219,6 +220,15 @@ def test_chunks_bound_what_is_computed_at_once(chunk, at_once):
     step = fg.value_and_grad(loss, fg.WeightPerturbation(tangents=32, chunk=chunk))
     program = jax.make_jaxpr(lambda w: step(w, key=KEYS[0]))(jnp.ones((8, 8))).jaxpr
     assert largest(program) == at_once * 500 * 8
+
+
+def test_tracing_takes_as_long_for_many_tangents_as_for_some(monkeypatch):
+    """No factor is taken apart tangent by tangent but for the few that are added one by one."""
+    taken, at = [], Factor.at
+    monkeypatch.setattr(Factor, "at", lambda *args: (taken.append(args), at(*args))[1])
+    step = fg.value_and_grad(lambda w: jnp.sum(w**2), fg.WeightPerturbation(tangents=10**9))
+    jax.eval_shape(lambda w, key: step(w, key=key), jnp.ones((3, 2)), jax.random.key(0))
+    assert not taken
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 1.5])

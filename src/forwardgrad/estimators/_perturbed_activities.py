@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from forwardgrad._errors import InputError, unknown_name
+from forwardgrad._errors import unknown_name
 from forwardgrad._losses import Losses
 from forwardgrad.estimators._base import AbstractEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import DISTRIBUTIONS, Distribution, draw, portable
 from forwardgrad.estimators._steering import (
-    check_chunk,
+    check_counts,
     check_no_refs,
     check_one_by_one,
     influenced,
@@ -56,9 +56,7 @@ class AbstractPerturbedActivities(AbstractEstimator):
     def __check_init__(self):
         if self.distribution not in DISTRIBUTIONS:
             raise unknown_name("distribution", str(self.distribution), DISTRIBUTIONS)
-        if not isinstance(self.tangents, int) or self.tangents < 1:
-            raise InputError(f"tangents must be an integer of at least 1, got {self.tangents!r}")
-        check_chunk(self.chunk)
+        check_counts(self, "tangents", "chunk")
 
     @property
     def needs_key(self) -> bool:

@@ -231,10 +231,20 @@ def total_of(term: Array) -> Array:
     return jnp.sum(term.astype(jnp.promote_types(term.dtype, jnp.float32)))
 
 
-def check_chunk(chunk: int | None) -> None:
-    """Raise an `InputError` for a chunk that holds no tangents."""
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-        raise InputError(f"chunk must be an integer of at least 1 or None, got {chunk!r}")
+MOST = 2**31 - 1
+"""The most that an integer of JAX counts."""
+
+
+def check_counts(estimator: Any, *names: str) -> None:
+    """Raise an `InputError` for fields that count nothing, or more than JAX can."""
+    for name in names:
+        value = getattr(estimator, name)
+        if name == "chunk" and value is None:
+            continue
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
+        if value > MOST:
+            raise InputError(f"{name} must be at most {MOST}, got {value}")
 
 
 def isolated(fun: Callable, *args: Any) -> Any:

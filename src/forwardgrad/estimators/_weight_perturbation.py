@@ -23,7 +23,7 @@ from forwardgrad.estimators._distributions import (
     to_sphere,
 )
 from forwardgrad.estimators._scalars import Drawn, Scalars, checked
-from forwardgrad.estimators._steering import check_chunk, check_no_refs, over_tangents, total_of
+from forwardgrad.estimators._steering import check_counts, check_no_refs, over_tangents, total_of
 from forwardgrad.rewrite import (
     Layout,
     Lookup,
@@ -129,12 +129,7 @@ class WeightPerturbation(AbstractEstimator):
             raise unknown_name("distribution", str(self.distribution), DISTRIBUTIONS)
         if self.structure not in get_args(Structure):
             raise unknown_name("structure", str(self.structure), get_args(Structure))
-        for name in ("tangents", "rank"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(
-                    f"{name} must be an integer of at least 1, got {getattr(self, name)!r}"
-                )
-        check_chunk(self.chunk)
+        check_counts(self, "tangents", "rank", "chunk")
         if self.structure == "dense" and self.rank != 1:
             raise InputError(f"rank must be 1 for structure 'dense', got {self.rank}")
         if self.clip is not None and not self.clip > 0:

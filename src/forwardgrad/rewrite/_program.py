@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -369,18 +370,10 @@ def combine_tangents(
     weights = Factor(coefficients.astype(computed_in(value.dtype)), (TANGENTS,))
     factors = (weights, *named(leaf, layout, arrays, extra=(TANGENTS, RANK)))
     terms = [factors]
-    if len(layout) > 1:
-        for label in (TANGENTS, RANK):
-            terms = [term for group in terms for term in _terms(group, label)]
-        if len(terms) > MOST_UNROLLED:
-            terms = [factors]
+    summed = (TANGENTS, RANK)
+    sizes = {label: f.size(label) for f in factors for label in summed if label in f.labels}
+    if len(layout) > 1 and math.prod(sizes.values()) <= MOST_UNROLLED:
+        for label, size in sizes.items():
+            terms = [tuple(f.at(label, i) for f in term) for term in terms for i in range(size)]
     total = functools.reduce(operator.add, [multiply(term, out) for term in terms])
     return placed_like(total.reshape(value.shape).astype(value.dtype), value)
-
-
-def _terms(factors: tuple[Factor, ...], label: Label) -> list[tuple[Factor, ...]]:
-    """The summands of a product that is summed over `label`."""
-    sizes = [f.size(label) for f in factors if label in f.labels]
-    return [tuple(f.at(label, i) for f in factors) for i in range(sizes[0] if sizes else 0)] or [
-        factors
-    ]
