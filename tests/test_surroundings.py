@@ -97,6 +97,15 @@ def test_a_platform_that_is_none():
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize("setting", ["JAX_ENABLE_X64=maybe", "JAX_TRANSFER_GUARD=perhaps"])
+def test_a_variable_that_jax_refuses(setting):
+    done = forwardgrad("--version", **dict([setting.split("=")]))
+    assert done.returncode == 2
+    said = done.stderr.decode()
+    assert said.startswith(f"error: JAX refuses the environment's {setting}: ")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no cuda")])
 def test_no_device(monkeypatch, refused, error):
     def zeros(_):

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from forwardgrad import _jax as _jax
 from forwardgrad._diagnose import diagnose as diagnose
 from forwardgrad._diagnosis import Diagnosis as Diagnosis
 from forwardgrad._diagnosis import DiagnosisRow as DiagnosisRow
