@@ -312,7 +312,7 @@ def test_samples_come_in_pairs(samples):
     ("fun", "params", "match"),
     [
         (quadratic, {}, "params holds no arrays"),
-        (quadratic, {"a": jnp.arange(3)}, "must be a floating-point array, got a int32 array"),
+        (quadratic, {"a": jnp.arange(3)}, "must be a floating-point array, got an int32 array"),
         (lambda p: p["a"], ZEROS, "fun must return a real floating-point scalar"),
     ],
 )

@@ -142,7 +142,7 @@ def test_argnums_out_of_range(argnums):
 
 
 def test_errors_name_the_argument():
-    with fails(r"argument 1\['n'\] must be a floating-point array, got a int32"):
+    with fails(r"argument 1\['n'\] must be a floating-point array, got an int32"):
         fg.value_and_grad(lambda a, b: 0.0, EXACT, argnums=(0, 1))(1.0, {"n": jnp.arange(2)})
     with fails("params and argument 1 hold no arrays"):
         fg.value_and_grad(lambda a, b: 0.0, EXACT, argnums=(0, 1))(None, {})

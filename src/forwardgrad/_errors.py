@@ -12,6 +12,16 @@ class InputError(ValueError):
     """
 
 
+def with_article(name: str) -> str:
+    """A name with its article.
+
+    >>> with_article("int"), with_article("dict"), with_article("uint8 array")
+    ('an int', 'a dict', 'a uint8 array')
+    """
+    vowel = name[0].lower() in "aeio"  # "u" is spoken as in uint
+    return f"an {name}" if vowel else f"a {name}"
+
+
 def check_seed(seed: int) -> None:
     """Raise an `InputError` for a seed that is another one's twin: JAX takes 32 bits of it."""
     if not 0 <= seed < 2**32:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key, PyTree
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import InputError, with_article
 from forwardgrad._request import Request
 from forwardgrad.estimators import AbstractEstimator, AbstractStatefulEstimator
 
@@ -87,8 +87,8 @@ def estimation(
             (value, aux), grads = estimator.value_and_grad(objective, params, key)
         else:
             raise InputError(
-                f"state must be (), because {type(estimator).__name__} remembers nothing, got a "
-                f"{type(state).__name__}"
+                f"state must be (), because {type(estimator).__name__} remembers nothing, got "
+                f"{with_article(type(state).__name__)}"
             )
         return request.result(value, aux), grads, state
 

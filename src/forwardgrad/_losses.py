@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import InputError, with_article
 
 
 class Losses(eqx.Module):
@@ -46,7 +46,7 @@ class Losses(eqx.Module):
     def __check_init__(self):
         odd = [type(t).__name__ for t in self.terms if not eqx.is_array_like(t)]
         if odd:
-            raise InputError(f"the terms of Losses must be arrays, got a {odd[0]}")
+            raise InputError(f"the terms of Losses must be arrays, got {with_article(odd[0])}")
         if [jnp.ndim(term) for term in self.terms] != [len(names) for names in self.axes]:
             raise InputError(
                 f"axes (={self.axes}) must name every axis of every term, whose shapes are "

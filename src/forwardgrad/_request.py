@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import InputError, with_article
 from forwardgrad._losses import Losses
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.estimators._base import Objective
@@ -101,7 +101,7 @@ def checked_key(
     shape = f" of shape {jnp.shape(key)}" if eqx.is_array(key) else ""
     raise InputError(
         f"key must be a single jax.random.key(...){' or a vector of them' if stacked else ''}, got "
-        f"a {type(key).__name__}{shape}"
+        f"{with_article(type(key).__name__)}{shape}"
     )
 
 
@@ -186,7 +186,9 @@ def _arrays(tree: PyTree, name: str) -> PyTree[Array]:
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             where = jax.tree_util.keystr(path) or " itself"
             what = (
-                f"a {dtype} array" if dtype is not None else getattr(leaf, "__name__", repr(leaf))
+                with_article(f"{dtype} array")
+                if dtype is not None
+                else getattr(leaf, "__name__", repr(leaf))
             )
             raise InputError(
                 f"{name}{where} must be a floating-point array, got {what}; leave such "
@@ -206,9 +208,8 @@ def as_pair(out: Any, has_aux: bool) -> tuple[Any, Any]:
     if not has_aux:
         return out, None
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise InputError(
-            f"fun must return a pair (value, aux) with has_aux=True, got a {type(out).__name__}"
-        )
+        what = with_article(type(out).__name__)
+        raise InputError(f"fun must return a pair (value, aux) with has_aux=True, got {what}")
     return out
 
 
@@ -248,9 +249,10 @@ def _as_losses(value: Any) -> Losses:
 
 def _checked_value(value: Any) -> Array:
     if not eqx.is_array_like(value):
+        what = with_article(type(value).__name__)
         raise InputError(
-            f"fun must return a real floating-point scalar, got a {type(value).__name__}; "
-            "auxiliary data needs has_aux=True"
+            f"fun must return a real floating-point scalar, got {what}; auxiliary data needs "
+            "has_aux=True"
         )
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):

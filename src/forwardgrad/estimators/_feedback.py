@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Inexact, Key, PyTree
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import InputError, with_article
 from forwardgrad.estimators._base import AbstractStatefulEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.rewrite import Program, Site
@@ -62,7 +62,7 @@ class AbstractFeedback(AbstractStatefulEstimator):
         program = _program(fun, params)
         must = f"state must be the one that init returned for this function and {self!r}"
         if not isinstance(state, Feedback):
-            raise InputError(f"{must}, got a {type(state).__name__}")
+            raise InputError(f"{must}, got {with_article(type(state).__name__)}")
         if state.estimator != repr(self):
             raise InputError(f"{must}, got that of {state.estimator}")
         wanted = jax.eval_shape(lambda: self._weights(program))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import InputError, with_article
 from forwardgrad.estimators._distributions import portable
 from forwardgrad.rewrite import Layout
 
@@ -69,8 +69,8 @@ def checked(
     """
     if not isinstance(scalars, Scalars):
         raise InputError(
-            "scalars must be what forwardgrad.directional_derivatives returns, got a "
-            f"{type(scalars).__name__}"
+            "scalars must be what forwardgrad.directional_derivatives returns, got "
+            f"{with_article(type(scalars).__name__)}"
         )
     if estimator.unchunked() != scalars.estimator:
         raise InputError(
