@@ -76,15 +76,21 @@ def test_replicated_loss_is_its_definition(task, groups, patches):
     def definition(*args):
         return tiled(task, groups, patches, *args)
 
-    args, tangents = inputs(), inputs(1)
-    value, change = jax.jvp(closed, args, tangents)
-    expected, expected_change = jax.jvp(definition, args, tangents)
+    @jax.jit
+    def both(args, tangents):
+        """Values, changes, and what comes back, by either."""
+        found = []
+        for fun in (closed, definition):
+            value, pullback = jax.vjp(fun, *args)
+            cotangent = jax.random.normal(jax.random.key(2), value.shape)
+            found.append((*jax.jvp(fun, args, tangents), pullback(cotangent)))
+        return found
+
+    (value, change, back), expected = both(inputs(), inputs(1))
     # The values are shared out, the derivatives are those of whole copies.
-    np.testing.assert_allclose(value, expected / (groups * patches), rtol=1e-5)
-    np.testing.assert_allclose(change, expected_change, rtol=1e-4, atol=1e-6)
-    cotangent = jax.random.normal(jax.random.key(2), value.shape)
-    back = jax.vjp(closed, *args)[1](cotangent)
-    for a, b in zip(back, jax.vjp(definition, *args)[1](cotangent), strict=True):
+    np.testing.assert_allclose(value, expected[0] / (groups * patches), rtol=1e-5)
+    np.testing.assert_allclose(change, expected[1], rtol=1e-4, atol=1e-6)
+    for a, b in zip(back, expected[2], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -98,8 +104,8 @@ def test_replicated_loss_adds_up_to_the_mean_loss(task):
     def copies(*args):
         return jnp.sum(replicated_loss(task, 3, PATCHES, *args, LABELS))
 
-    expected = jax.value_and_grad(whole, (0, 1, 2))(features, weight, bias)
-    value, grads = jax.value_and_grad(copies, (0, 1, 2))(features, weight, bias)
+    expected = jax.jit(jax.value_and_grad(whole, (0, 1, 2)))(features, weight, bias)
+    value, grads = jax.jit(jax.value_and_grad(copies, (0, 1, 2)))(features, weight, bias)
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     for a, b in zip(grads, expected[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -133,7 +139,7 @@ def test_contrastive_loss_ignores_labels_and_scale():
 def test_separate_losses_share_out_what_examples_do_to_each_other():
     """Each loss moves with its own outputs alone, and their sum as it does anyway."""
     task, z = Contrastive(), jax.random.normal(jax.random.key(6), (BATCH, 4))
-    jacobian = jax.jacfwd(lambda z: separate_losses(task, z, LABELS))(z)
+    jacobian = jax.jit(jax.jacfwd(lambda z: separate_losses(task, z, LABELS)))(z)
     off = jacobian * (1 - jnp.eye(BATCH))[:, :, None]
     assert not np.any(off)
     np.testing.assert_allclose(jacobian.sum(0), task.error(z, LABELS), atol=1e-6)
@@ -165,30 +171,34 @@ NETWORK = LocalMixer((4, 4, 1), Size(8, 2, 2, 3), CLASSES, key=jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (BATCH, 4, 4, 1))
 
 
-def gradient(objective, network=NETWORK):
+def gradient(objective, network=NETWORK, labels=LABELS):
     params, static = eqx.partition(network, eqx.is_inexact_array)
 
-    def fun(params):
-        return objective(eqx.combine(params, static), IMAGES, LABELS)[0].total()
+    def fun(params, labels):
+        return objective(eqx.combine(params, static), IMAGES, labels)[0].total()
 
-    return jax.value_and_grad(fun)(params)
+    return jax.jit(jax.value_and_grad(fun))(params, labels)
 
 
 def some(tree):
-    return any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(tree))
+    return any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(tree))
+
+
+def shapes(objective, network=NETWORK):
+    """Those of the terms."""
+    losses, _ = jax.eval_shape(lambda: objective(network, IMAGES, LABELS))
+    return [term.shape for term in losses.terms]
 
 
 def test_terms_and_their_axes():
-    losses, aux = LocalLoss()(NETWORK, IMAGES, LABELS)
+    losses, aux = jax.jit(lambda: LocalLoss()(NETWORK, IMAGES, LABELS))()
     assert [term.shape for term in losses.terms] == [(2, BATCH, 4)] * 3 + [(BATCH,)]
     expected = [(copy_axes(i)[0], "example", copy_axes(i)[1]) for i in range(3)]
     assert losses.axes == (*expected, ("example",))
-    assert aux["errors"] == GlobalLoss()(NETWORK, IMAGES, LABELS)[1]["errors"]
-    shapes = [t.shape for t in LocalLoss(patchwise=False)(NETWORK, IMAGES, LABELS)[0].terms]
-    assert shapes == [(2, BATCH, 1)] * 3 + [(BATCH,)]
-    shapes = [t.shape for t in LocalLoss(groupwise=False)(NETWORK, IMAGES, LABELS)[0].terms]
-    assert shapes == [(1, BATCH, 4)] * 3 + [(BATCH,)]
-    assert len(LocalLoss(blockwise=False)(NETWORK, IMAGES, LABELS)[0].terms) == 2
+    assert aux["errors"] == jax.jit(lambda: GlobalLoss()(NETWORK, IMAGES, LABELS))()[1]["errors"]
+    assert shapes(LocalLoss(patchwise=False)) == [(2, BATCH, 1)] * 3 + [(BATCH,)]
+    assert shapes(LocalLoss(groupwise=False)) == [(1, BATCH, 4)] * 3 + [(BATCH,)]
+    assert len(shapes(LocalLoss(blockwise=False))) == 2
 
 
 @pytest.mark.parametrize("patchwise", [True, False])
@@ -200,30 +210,34 @@ def test_copies_change_neither_value_nor_exact_gradient(patchwise, groupwise):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def of_one_term(objective, term):
+def of_terms(objective):
+    """The gradient of each term."""
     params, static = eqx.partition(NETWORK, eqx.is_inexact_array)
 
     def fun(params):
-        return jnp.sum(objective(eqx.combine(params, static), IMAGES, LABELS)[0].terms[term])
+        losses, _ = objective(eqx.combine(params, static), IMAGES, LABELS)
+        return jnp.stack([jnp.sum(term) for term in losses.terms])
 
-    return jax.grad(fun)(params)
+    rows = jax.tree.map(np.asarray, jax.jit(jax.jacrev(fun))(params))
+    count = len(jax.tree.leaves(rows)[0])
+    return [jax.tree.map(lambda row, i=i: row[i], rows) for i in range(count)]
 
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_a_block_learns_from(greedy):
-    for i in range(3):
-        grads = of_one_term(LocalLoss(greedy=greedy), i)
+    *of_blocks, grads = of_terms(LocalLoss(greedy=greedy))
+    assert [some(block) for block in grads.blocks] == [not greedy] * 3
+    assert some(grads.classifier)
+    assert len(of_blocks) == 3
+    for i, grads in enumerate(of_blocks):
         reached = [some(block) for block in grads.blocks]
         assert reached == [j == i if greedy else j <= i for j in range(3)]
         assert [some(head) for head in grads.heads] == [j == i for j in range(3)]
         assert not some(grads.classifier)
-    grads = of_one_term(LocalLoss(greedy=greedy), 3)
-    assert [some(block) for block in grads.blocks] == [not greedy] * 3
-    assert some(grads.classifier)
 
 
 def test_one_greedy_loss_at_the_end_reaches_every_block():
-    grads = of_one_term(LocalLoss(blockwise=False), 0)
+    grads = of_terms(LocalLoss(blockwise=False))[0]
     assert all(some(block) for block in grads.blocks)
 
 
@@ -234,7 +248,7 @@ def test_a_group_does_not_see_the_others():
     def copy(params):
         return jnp.sum(LocalLoss()(eqx.combine(params, static), IMAGES, LABELS)[0].terms[1][0])
 
-    grads = jax.grad(copy)(params)
+    grads = jax.jit(jax.grad(copy))(params)
     assert some(grads.blocks[1].group_weight[0])
     assert not some(grads.blocks[1].group_weight[1])
 
@@ -256,12 +270,7 @@ def test_a_readout_never_changes_the_features(objective):
         PROJECTING,
         (PROJECTING.classifier.weight * 3 + 1, PROJECTING.classifier.bias - 2),
     )
-    params, static = eqx.partition(other, eqx.is_inexact_array)
-
-    def relabelled(params):
-        return objective(eqx.combine(params, static), IMAGES, LABELS[::-1])[0].total()
-
-    other_value, changed = jax.value_and_grad(relabelled)(params)
+    other_value, changed = gradient(objective, other, LABELS[::-1])
     assert value != other_value
     same = eqx.tree_equal(grads.blocks, changed.blocks)
     assert bool(same)
@@ -279,7 +288,7 @@ def test_global_contrastive_loss_is_its_definition():
         return jnp.sum(losses) + jnp.sum(cross_entropy(network.classify(features), LABELS))
 
     params, static = eqx.partition(PROJECTING, eqx.is_inexact_array)
-    expected = jax.value_and_grad(lambda p: plain(eqx.combine(p, static)))(params)
+    expected = jax.jit(jax.value_and_grad(lambda p: plain(eqx.combine(p, static))))(params)
     value, grads = gradient(OBJECTIVES["global"], PROJECTING)
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True):
@@ -287,9 +296,8 @@ def test_global_contrastive_loss_is_its_definition():
 
 
 def test_contrastive_terms_and_their_axes():
-    losses, _ = OBJECTIVES["greedy"](PROJECTING, IMAGES, LABELS)
-    assert [term.shape for term in losses.terms] == [(2, BATCH, 4)] * 3 + [(BATCH,)]
-    losses, _ = OBJECTIVES["global"](PROJECTING, IMAGES, LABELS)
+    assert shapes(OBJECTIVES["greedy"], PROJECTING) == [(2, BATCH, 4)] * 3 + [(BATCH,)]
+    losses, _ = jax.jit(lambda: OBJECTIVES["global"](PROJECTING, IMAGES, LABELS))()
     assert losses.axes == (("example",), ("example",))
 
 
