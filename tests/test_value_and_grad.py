@@ -98,7 +98,7 @@ def test_double_precision(estimator, key):
     with jax.enable_x64(True):
         params = {"W": jnp.ones((3, 2), jnp.float64), "b": jnp.ones(2, jnp.float32)}
         fun = lambda p: jnp.sum(jnp.sin(p["W"] * p["b"]))  # noqa: E731
-        value, grads = fg.value_and_grad(fun, estimator)(params, key=key)
+        value, grads = jax.jit(fg.value_and_grad(fun, estimator))(params, key=key)
         np.testing.assert_allclose(value, 6 * np.sin(1.0), rtol=1e-14)
         assert (grads["W"].dtype, grads["b"].dtype) == (jnp.float64, jnp.float32)
 
@@ -106,7 +106,7 @@ def test_double_precision(estimator, key):
 def test_half_precision_loss(estimator, key):
     params = jnp.ones((3, 2), jnp.bfloat16)
     fun = lambda w: jnp.mean((jnp.ones((4, 3), jnp.bfloat16) @ w) ** 2)  # noqa: E731
-    value, grads = fg.value_and_grad(fun, estimator)(params, key=key)
+    value, grads = jax.jit(fg.value_and_grad(fun, estimator))(params, key=key)
     assert value.dtype == grads.dtype == jnp.bfloat16
     assert jnp.all(jnp.isfinite(grads))
 
@@ -173,7 +173,7 @@ def test_aux_under_jit(key):
 
 
 def test_keyword_arguments(estimator, key):
-    step = fg.value_and_grad(lambda w, *, scale: quadratic(w, scale), estimator)
+    step = jax.jit(fg.value_and_grad(lambda w, *, scale: quadratic(w, scale), estimator))
     value, _ = step(jnp.ones(3), scale=2.0, key=key)
     assert value == 12.0
 
@@ -208,9 +208,17 @@ def test_vmap(estimator):
     def one(w, x, key):
         return step(w, x, key=key)
 
-    for axes in ((0, 0, 0), (None, 0, 0), (0, None, 0), (None, None, 0), (0, 0, None)):
-        args = [a if axis == 0 else a[0] for a, axis in zip((W, x, keys), axes, strict=True)]
-        values, grads = jax.jit(jax.vmap(one, axes))(*args)
+    cases = ((0, 0, 0), (None, 0, 0), (0, None, 0), (None, None, 0), (0, 0, None))
+    given = [
+        [a if axis == 0 else a[0] for a, axis in zip((W, x, keys), axes, strict=True)]
+        for axes in cases
+    ]
+
+    @jax.jit
+    def mapped(given):
+        return [jax.vmap(one, axes)(*args) for axes, args in zip(cases, given, strict=True)]
+
+    for axes, args, (values, grads) in zip(cases, given, mapped(given), strict=True):
         for i in range(3):
             single = one(*[a[i] if axis == 0 else a for a, axis in zip(args, axes, strict=True)])
             np.testing.assert_allclose(values[i], single[0], rtol=1e-5)
@@ -443,7 +451,7 @@ def test_strict_promotion_of_terms(estimator, key):
 
     w = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 2))}
     with jax.numpy_dtype_promotion("strict"):
-        value, grads = fg.value_and_grad(fun, estimator)(w, key=key)
+        value, grads = jax.jit(fg.value_and_grad(fun, estimator))(w, key=key)
     assert value.dtype == jnp.float32
     assert all(jnp.all(jnp.isfinite(g)) for g in grads.values())
 
@@ -457,7 +465,7 @@ def test_layers_without_inputs(estimator, key):
 
     shapes = {"none": (3, 0), "nothing": (0, 2), "a": (3, 2), "b": (2, 2)}
     w = {name: jnp.ones(shape) for name, shape in shapes.items()}
-    grads = fg.value_and_grad(fun, estimator)(w, key=key)[1]
+    grads = jax.jit(fg.value_and_grad(fun, estimator))(w, key=key)[1]
     assert {name: g.shape for name, g in grads.items()} == shapes
     assert all(jnp.all(jnp.isfinite(g)) for g in grads.values())
     assert jnp.any(grads["b"] != 0)
