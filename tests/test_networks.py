@@ -264,7 +264,7 @@ def test_networks_learn_without_backpropagation(name):
     estimator = fg.WeightPerturbation(tangents=8, clip=1.0)
     gradient = fg.value_and_grad(loss, estimator, has_aux=True)
 
-    # Not in a compiled loop, where XLA is slow with convolutions, and compiled well.
+    # Compiled well, for convolutions with several tangents are slow in plain machine code.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 2})
     def step(params, i):
         (value, aux), grads = gradient(params, key=jax.random.fold_in(jax.random.key(2), i))
