@@ -14,7 +14,7 @@ from workers import SCENARIOS
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_workers_have_the_gradient_of_one_device(name):
     """Each scenario in a process of its own, which has four devices."""
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("workers.py"), name],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
