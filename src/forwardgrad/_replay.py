@@ -97,18 +97,15 @@ class ReplayLog:
             **{name: getattr(self, name) for name in _STRINGS},
         }
         text = json.dumps(header, default=dataclasses.asdict).encode()
-        file = io.BytesIO()
-        np.savez_compressed(
-            file,
-            header=np.frombuffer(text, np.uint8),
-            key=scalars.key,
-            value=scalars.value.astype(jnp.promote_types(scalars.value.dtype, jnp.float32)),
+        arrays: dict[str, Any] = {
+            "header": np.frombuffer(text, np.uint8),
+            "key": scalars.key,
+            "value": scalars.value.astype(jnp.promote_types(scalars.value.dtype, jnp.float32)),
             **{f"d{part}": d for part, d in enumerate(scalars.derivatives)},
-            **{
-                f"rows{i}": np.packbits(np.asarray(rows), axis=1)
-                for i, rows in scalars.rows.items()
-            },
-        )
+            **{f"rows{i}": np.packbits(rows, axis=1) for i, rows in scalars.rows.items()},
+        }
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
         content = file.getvalue()
         data = MAGIC + hashlib.sha256(content).digest() + content
         write_bytes(local(Path(path), "path"), data)

@@ -42,9 +42,8 @@ _static = partial(eqx.field, static=True)
 class AbstractAugmentation(eqx.Module):
     """A random change of one image.
 
-    Its settings are static, so that under `jit` a transformation of probability zero leaves nothing
-    in the program: called on an image of a shape that it never changes, it returns that very
-    object.
+    Its settings are static. So, under `jit`, a transformation of probability zero leaves nothing in
+    the program: it returns the image that it is given.
     """
 
     def __check_init__(self):
@@ -337,13 +336,13 @@ class GaussianBlur(AbstractAugmentation):
 
     The weight of a pixel that is $(d_1, d_2)$ away is proportional to
     $\exp(-(d_1^2 + d_2^2) / 2 \sigma^2)$ for $|d_i| \le r_i$, with $r_i$ a twentieth of the side
-    and at least 1, so that the kernel spans a tenth of the side. The weights of the pixels that
-    there are sum to 1: at the border nothing darkens. $\sigma$ is uniform between `least_sigma`
-    and `most_sigma` pixels.
+    and at least 1, so that the kernel spans a tenth of the side. The weights of the pixels inside
+    the image sum to 1, so the border does not become darker. $\sigma$ is uniform between
+    `least_sigma` and `most_sigma` pixels.
 
-    It is computed as two products with banded matrices. As a convolution with a kernel of its own
-    for each image, as dm-pix has it, 256 images of 32x32x3 take twenty times as long on two CPU
-    cores (31 ms against 1.6 ms), and zeros come in at the border.
+    The blur is computed as two products with banded matrices. dm-pix computes a convolution with a
+    kernel for each image. For 256 images of 32x32x3 that takes twenty times as long on two CPU
+    cores (31 ms against 1.6 ms), and treats pixels outside of the image as zeros.
 
     **Arguments:**
 

@@ -13,8 +13,8 @@ from forwardgrad.rewrite import Program
 class Backpropagation(AbstractEstimator):
     r"""The exact gradient $\nabla f(\theta)$, by reverse-mode differentiation (`jax.vjp`).
 
-    It is here so that the same step, loop and command serve the baseline. It draws no random
-    numbers and ignores `key`.
+    With it, the same step, loop and command serve as the baseline. It draws no random numbers, and
+    ignores `key`.
 
     ??? cite "Reference"
 

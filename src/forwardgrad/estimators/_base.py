@@ -14,10 +14,10 @@ Objective: TypeAlias = Callable[[PyTree], tuple[Losses, Any]]
 
 
 class AbstractEstimator(eqx.Module):
-    """How credit reaches the weights: an exact gradient, or a random estimate of one.
+    """How a gradient is found: exactly, or as a random estimate.
 
-    An estimator is given to [`forwardgrad.value_and_grad`][], which checks the arguments; it is
-    not called by hand. A new one implements `value_and_grad`, and says whether it draws random
+    An estimator is given to [`forwardgrad.value_and_grad`][], which checks the arguments. It is not
+    called directly. A new one implements `value_and_grad`, and says whether it draws random
     numbers.
     """
 
@@ -48,9 +48,9 @@ class AbstractEstimator(eqx.Module):
 class AbstractStatefulEstimator(AbstractEstimator):
     """An estimator that remembers something from step to step.
 
-    It is given to [`forwardgrad.estimation`][], and to [`forwardgrad.value_and_grad`][] where it
-    can do without: its own `value_and_grad` is what it estimates with nothing remembered. What it
-    remembers is an argument and a result, any pytree of arrays.
+    It is given to [`forwardgrad.estimation`][]. If it also works without a state, it may be given
+    to [`forwardgrad.value_and_grad`][]; its own `value_and_grad` then says what it estimates with
+    nothing remembered. The state is an argument and a result, and may be any pytree of arrays.
     """
 
     @property

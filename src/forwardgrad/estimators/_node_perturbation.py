@@ -19,7 +19,7 @@ LANES = "forwardgrad_lanes"
 class NodePerturbation(AbstractPerturbedActivities):
     r"""Node perturbation: activity perturbation by finite differences.
 
-    Noise is added to every activation $z$, and each is credited with what it did to the losses:
+    Noise is added to every activation $z$, and multiplied by the change of the losses:
 
     $$\hat g_z = \frac1K \sum_{k=1}^K \frac{L(z + h u_k) - L(z)}{h}\, u_k, \qquad
     \hat g_W = \hat g_z^\top \frac{\partial z}{\partial W}.$$
@@ -27,14 +27,16 @@ class NodePerturbation(AbstractPerturbedActivities):
     As h goes to zero this becomes `ActivityPerturbation`, with the same activations, the same
     steering by the losses that an activation can change, and the same variance. The bias is of
     order $h^2$; the error by rounding is of order $\varepsilon L / h$, with $\varepsilon$ the
-    precision of the losses' type. The losses need no derivative; only each layer's product with
-    its input is differentiated, and the last layer.
+    precision of the losses' type. Only each layer's product with its input is differentiated, and
+    the last layer. But derivatives still say which losses an activation can change, and the last
+    layer gets its exact gradient. So a loss whose derivative is zero everywhere, such as an
+    accuracy, has an estimate of zero, and a loss that JAX cannot differentiate is refused.
 
     A step costs K + 2 forward passes and one product more for each layer.
 
-    What `jax.lax.stop_gradient` holds is held in the evaluations with noise as well, and where a
-    ReLU follows, units that it switches off get no noise. Elsewhere differences see what the
-    function computes, and no derivative rule of its own (`custom_jvp`).
+    Values behind `jax.lax.stop_gradient` stay the same in the evaluations with noise. If a ReLU
+    follows, units that it switches off get no noise. Apart from that, differences see what the
+    function computes, and ignore a derivative rule of its own (`custom_jvp`).
 
     **Arguments:**
 

@@ -26,9 +26,9 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, PyTree[Array]]]:
     """A function that evaluates `fun` and a gradient of it, for functions of Flax NNX modules.
 
-    It stands where `flax.nnx.value_and_grad` stands. What `fun` changes in modules that it is
-    given, such as the statistics of `BatchNorm`, the counts of `Rngs` or a cache, is changed in the
-    caller's modules after the call. It works under `flax.nnx.jit`, which is how to use it.
+    It takes the place of `flax.nnx.value_and_grad`. `fun` may change the modules that it is given:
+    the statistics of `BatchNorm`, the counts of `Rngs`, a cache. After the call, the caller's
+    modules have changed in the same way. Use it under `flax.nnx.jit`.
 
     **Arguments:**
 
@@ -36,11 +36,11 @@ def value_and_grad(
         [`forwardgrad.Losses`][] that add up to one, or with `has_aux` a pair of either and anything
         else. Every argument may be or hold modules.
     - `estimator`: for instance [`forwardgrad.WeightPerturbation`][].
-    - `argnums`: which argument, or for a sequence which ones, to differentiate with respect to. Of
-        the modules there, an integer means every `nnx.Param`, and `nnx.DiffState(argnum, filter)`
-        the variables that a filter selects; arrays there are differentiated whatever it is. To
-        estimators that distinguish data, the arrays in all other arguments are data, the
-        variables of modules are not.
+    - `argnums`: the argument to differentiate with respect to, or a sequence of several. In a
+        module, an integer means every `nnx.Param`, and `nnx.DiffState(argnum, filter)` means the
+        variables that the filter selects. Plain arrays in a chosen argument are always
+        differentiated. For estimators that make a difference, the arrays in all other arguments
+        are data, and the variables of modules are not.
     - `has_aux`: whether `fun` returns auxiliary data beside its value.
 
     **Returns:**

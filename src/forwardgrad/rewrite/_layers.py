@@ -39,12 +39,14 @@ class Site(NamedTuple):
 class Activation(eqx.Module):
     """What a layer computes, or what goes into one, as a hook gets it.
 
-    `places` says for the axes of the losses that it can change
-    where in it they are; `terms` are those losses. `mask` is None, or False where a ReLU has no
-    slope; `last` says that no layer comes between it and the losses; `moves` says
-    that it has a derivative by parameters; `line` is the user's, and
-    `variable` what it is called in the program. `stacked`
-    counts the loops whose iterations the arrays hold along their first axes.
+    - `terms`: the losses that it can change.
+    - `places`: where in it the axes of these losses are.
+    - `mask`: None, or False where a ReLU has no slope.
+    - `last`: whether no layer comes between it and the losses.
+    - `moves`: whether it has a derivative with respect to parameters.
+    - `line`: the line of the user's code.
+    - `variable`: its name in the program.
+    - `stacked`: the number of loops whose iterations the arrays hold along their first axes.
     """
 
     value: Array
@@ -87,11 +89,12 @@ class Activation(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What is to be different in an evaluation.
+    """What is replaced in an evaluation.
 
-    `activation(a)` returns what takes an activation's place, `layer_input(x)` what takes the place
-    of data that goes into a layer, and `product(layer, site, arrays)` what a product computes.
-    `held(x)` takes the place of what `stop_gradient` holds, and of where a ReLU has no slope.
+    - `activation(a)` returns what replaces an activation.
+    - `layer_input(x)` returns what replaces the data that goes into a layer.
+    - `product(layer, site, arrays)` returns what a product computes.
+    - `held(x)` replaces the values behind `stop_gradient`, and where a ReLU has no slope.
     """
 
     activation: Callable[[Activation], jax.Array] | None = None

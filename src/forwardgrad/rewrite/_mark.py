@@ -17,11 +17,11 @@ register_exclusion(__file__)  # a mark is on the line of the user's that makes i
 def activation(z: Inexact[Array, "..."], *axes: str) -> Inexact[Array, "..."]:
     """`z`, marked as an activation, with the names of its axes.
 
-    Without marks, every layer's output is an activation, and where in it the losses' axes are is
-    followed back through the program. A mark says it instead, and is believed: an entry is taken to
-    influence those losses alone that have the same place along axes of the same name, and where
-    that is not so, the estimate is biased. Axes of the losses that it does not name are followed
-    as without.
+    Without marks, every layer's output is an activation. The axes of the losses are then found in
+    it by following them back through the program. A mark replaces this, and is trusted: an entry is
+    taken to influence only those losses that have the same place along axes of the same name. If
+    that is not true, the estimate is biased. Axes of the losses that the mark does not name are
+    followed as without a mark.
 
     **Arguments:**
 

@@ -61,11 +61,11 @@ WEIGHT = Kind(moves=True)
 class Layer:
     """An equation in which weights meet data: the positions of both among its inputs.
 
-    `merged` is the position of an activation that it only adds a bias to, or a scale; `deep` says
-    that there are several layers inside, one after another, and `moves` that its data have a
-    derivative by parameters. `loops` are the lengths of the loops around it, `own_loops` the
-    positions of those in which its weights change, and `workers` the axes along which each worker
-    has a part of them.
+    `merged` is the position of an activation to which it only adds a bias, or applies a scale.
+    `deep` says that it holds several layers, one after another. `moves` says that its data have a
+    derivative with respect to parameters. `loops` are the lengths of the loops around it,
+    `own_loops` the positions of those in which its weights change, and `workers` the axes along
+    which each worker has a part of them.
     """
 
     eqn: JaxprEqn

@@ -62,7 +62,7 @@ Layout = tuple[FactorShape, ...]
 
 
 class Program:
-    """`fun(params) -> (losses, aux)` as a jaxpr, to be evaluated with something else in places.
+    """`fun(params) -> (losses, aux)` as a jaxpr, to be evaluated with some operations replaced.
 
     **Arguments:**
 
@@ -104,7 +104,7 @@ class Program:
         """The program's outputs, by a function that evaluates a stage.
 
         `run(stage, number, reads) -> (writes, results)` may differentiate within the stage. No
-        stage begins before the one before it has its results: memory is needed for one of them.
+        stage begins before the stage before it has its results, so only one of them needs memory.
 
         **Returns:**
 
@@ -227,9 +227,9 @@ class Program:
     def layouts(self) -> list[Layout]:
         """A layout for each parameter, from what the program does with it.
 
-        A parameter that is contracted, looked up or convolved with gets two factors, over the
-        axes that this sums over and over the others, and a pair for each of the slices that
-        `scan`, indexing or a batch axis cuts it into. Any other one is dense.
+        A parameter that is contracted, looked up or convolved with gets two factors: one over the
+        axes that are summed over, and one over the others. If `scan`, indexing or a batch axis
+        cuts the parameter into slices, each slice has its own pair. Any other parameter is dense.
         """
         walk = self._sketched([one_factor_an_axis(leaf.shape) for leaf in self.leaves])
         return [_layout(leaf.shape, walk.roles[i]) for i, leaf in enumerate(self.leaves)]

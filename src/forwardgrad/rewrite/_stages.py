@@ -48,10 +48,10 @@ class Stage:
 
 
 def stages(jaxpr: Jaxpr, influence: Influence) -> list[Stage]:
-    """A program cut wherever `stop_gradient` lets nothing through that derivatives depend on.
+    """A program, cut at each `stop_gradient` that no derivative can bypass.
 
-    With greedy local losses, every block is a stage. All but one are then over, with everything
-    they keep for their gradients, while that one is at work.
+    With greedy local losses, every block is a stage. While one stage is evaluated, the other stages
+    keep nothing for their gradients.
 
     **Arguments:**
 
@@ -104,10 +104,11 @@ def _variables(atoms: Iterable[object]) -> list[Var]:
 
 
 def after(results: Any, arrays: Sequence[Any]) -> list[Any]:
-    """`arrays`, but for XLA not to be had before `results`.
+    """`arrays`, which XLA cannot compute before `results`.
 
-    It adds a zero that is computed from them. An `optimization_barrier` is gone when XLA decides
-    what to do first. What workers of a `shard_map` share does not wait for what they do not.
+    A zero that is computed from the results is added. An `optimization_barrier` would not work,
+    because it has gone when XLA decides what to compute first. Values that the workers of a
+    `shard_map` share do not wait for values that they do not share.
     """
     leaves = [leaf for leaf in jax.tree.leaves(results) if leaf.size and _is_number(leaf)]
 

@@ -109,10 +109,10 @@ class AbstractWalk(abc.ABC):
 class Walk(AbstractWalk):
     """One evaluation of a program with perturbed weights.
 
-    `eps` is the scalar that the program is differentiated by; without it, the program is evaluated
-    at the sum of weights and tangents, which is right for what is linear in them. `single` says
-    that there is one tangent, so that an input and its tangent may be multiplied with a weight
-    together. `rows` collects which rows of parameters `lookups` take.
+    `eps` is the scalar with respect to which the program is differentiated. Without it, the program
+    is evaluated at the sum of weights and tangents, which is right for what is linear in them.
+    `single` says that there is one tangent; an input and its tangent may then be multiplied with a
+    weight in one product. `rows` collects which rows of parameters `lookups` take.
     """
 
     eps: jax.Array | None

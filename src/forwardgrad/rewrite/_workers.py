@@ -59,10 +59,10 @@ def untyped(axes: Iterable[str]) -> frozenset[str]:
 
 
 def summed_change(change: jax.Array, like: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """The change of all workers' losses that `like` causes, by that of one worker's.
+    """The change of all workers' losses that `like` causes, from the change of one worker's losses.
 
-    `axes` are those by which it reaches others. A value that is one for several workers changes
-    the losses of all of them.
+    `axes` are those along which it reaches other workers. A value that several workers share
+    changes the losses of all of them.
     """
     names = _summed_over(change, like, axes)
     return jax.lax.psum(change, names) if names else change
