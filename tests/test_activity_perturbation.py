@@ -352,6 +352,13 @@ def test_units_that_a_relu_switches_off_are_not_perturbed():
     assert np.all(first[..., [1, 3]] != 0)
 
 
+@pytest.mark.parametrize("relu", [lambda z: jnp.maximum(z, 0), jax.nn.relu, jax.nn.relu6])
+def test_units_at_the_threshold_have_the_slope_that_jax_gives_them(relu):
+    """Half a slope of `maximum` at a tie, as where a layer begins at zero; none of a ReLU."""
+    weights = {**WEIGHTS, "first": jnp.zeros((4, 5)), "bias": jnp.array([0, 0, 0, 1.0, -1.0])}
+    assert_unbiased(lambda w: two_layers(w, relu), weights, fg.ActivityPerturbation())
+
+
 @jax.custom_vjp
 def one_way(x):
     return jnp.tanh(x)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -263,7 +264,11 @@ def _check_mark(
 def _mask(output: Output, z: Array) -> jax.Array | None:
     """Where the ReLU that alone uses an activation has a slope."""
     threshold = None if output.user is None else _threshold(output.user)
-    return None if threshold is None else jax.lax.stop_gradient(z > threshold)
+    if output.user is None or threshold is None:
+        return None
+    # Where both are the same, JAX's `max` has half a slope.
+    has_slope = operator.ge if output.user.primitive.name == "max" else operator.gt
+    return jax.lax.stop_gradient(has_slope(z, threshold))
 
 
 def _threshold(eqn: JaxprEqn) -> Any:
