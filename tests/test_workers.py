@@ -1,6 +1,7 @@
-"""Inside of a `shard_map`: workers that exchange what they compute, or share what they learn."""
+"""Workers that exchange what they compute, or share what they learn; weights that are sharded."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ from workers import SCENARIOS
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_workers_have_the_gradient_of_one_device(name):
-    """Each scenario in a process of its own, which has four devices."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    """Each scenario in a process of its own, which has eight devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("workers.py"), name],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
@@ -22,3 +23,22 @@ def test_workers_have_the_gradient_of_one_device(name):
         text=True,
     )
     assert not done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_scalars():
+    """The example ends with equal weights, and has learned."""
+    script = Path(__file__).parents[1] / "examples" / "far_apart.py"
+    done = subprocess.run(
+        [sys.executable, script, "--steps", "40"],
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert not done.returncode, done.stderr
+    weights = set(re.findall(r"process \d: weights (\w+)", done.stdout))
+    assert len(weights) == 1, done.stdout
+    values = re.findall(r"process \d: loss ([\d.]+) to ([\d.]+)", done.stdout)
+    assert len(values) == 2
+    assert all(float(last) < float(first) - 0.1 for first, last in values)
