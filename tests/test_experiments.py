@@ -292,10 +292,10 @@ def test_ablation(tmp_path, monkeypatch):
     places = {(cell["variant"], cell["groups"]) for cell in stored["cells"]}
     assert len(places) == 6
     configs = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/config.json")]
-    assert {(c["algorithm"], c["groupwise"]) for c in configs} == {
+    assert {(c["algorithm"], c.get("groupwise")) for c in configs} == {
         ("lg-fg-a", True),
         ("lg-fg-a", False),
-        ("fg-a", True),
+        ("fg-a", None),
     }
     assert {c["network"] for c in configs} == {"s/1/1", "s/1/4"}
     markdown = (tmp_path / "ablation.md").read_text().splitlines()
