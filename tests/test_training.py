@@ -119,7 +119,7 @@ def test_an_algorithm_fills_in_what_is_not_set():
     mixer = configure(task="contrastive", algorithm="lg-fg-a", network="m/8/16", temperature=0.1)
     assert mixer.objective == objectives.LocalLoss(objectives.Contrastive(0.1))
     assert (mixer.estimator.tangents, mixer.optimisation.learning_rate) == (1, 0.05)
-    assert mixer.images.augment == "simclr"
+    assert mixer.augmentation.augment == "simclr"
 
 
 def test_settings_of_another_algorithm():

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 from forwardgrad._console import Console
 from forwardgrad._errors import InputError, unknown_name
-from forwardgrad.augmentation import build
 from forwardgrad.cli._sheet import contact_sheet
 from forwardgrad.cli._surroundings import parse
-from forwardgrad.data import Dataset, ResidentSplit, StreamedSplit, load
+from forwardgrad.data import Dataset, load
 from forwardgrad.results import save
+from forwardgrad.training import AugmentationSettings
 
 USAGE = """\
 usage: forwardgrad data COMMAND [OPTIONS]
@@ -34,14 +35,15 @@ MOST_IMAGES = 32
 """As many fit next to each other."""
 
 
+SIMCLR = AugmentationSettings(augment="simclr")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShowOptions:
     """Settings of `data show`."""
 
     dataset: str = "digits"
     """Data set, as for train."""
-    augment: str = "simclr"
-    """Augmentation: none, crop-flip or simclr."""
     seed: int = 0
     """Seed of the choice of images and of what is done to them."""
     images: int = 8
@@ -52,12 +54,7 @@ class ShowOptions:
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
     label_column: str | None = None
     """Column of the labels, as for train."""
-    least_area: float = 0.2
-    """Least area of simclr's crop, as a share of the image's."""
-    jitter: float = 0.5
-    """Strength of simclr's changes of colour, from 0 to 1."""
-    blur: float | None = None
-    """Probability of simclr's blur. Default: 1/2 for images of 64 pixels a side or more, else 0."""
+    augmentation: tyro.conf.OmitArgPrefixes[AugmentationSettings] = SIMCLR
 
 
 def data(arguments: Sequence[str]) -> int:
@@ -74,13 +71,11 @@ def data(arguments: Sequence[str]) -> int:
 def _show(arguments: Sequence[str]) -> int:
     options = parse(ShowOptions, "forwardgrad data show", arguments, description=DESCRIPTION)
     _check(options)
-    augmentation = build(
-        options.augment, least_area=options.least_area, jitter=options.jitter, blur=options.blur
-    )
+    augmentation = options.augmentation.build()
     dataset = load(options.dataset, options.data_dir, label_column=options.label_column)
     images, labels = _choose(dataset, options.images, options.seed)
     classes = [dataset.classes[label] for label in labels]
-    title = f"{options.dataset}, {options.augment}, seed {options.seed}"
+    title = f"{options.dataset}, {options.augmentation.augment}, seed {options.seed}"
     save(contact_sheet(augmentation, images, classes, title, seed=options.seed), options.out)
     Console(soft_wrap=True).print(f"picture: {options.out}", highlight=False)
     return 0
@@ -99,8 +94,5 @@ def _choose(dataset: Dataset, count: int, seed: int) -> tuple[np.ndarray, np.nda
         raise InputError(
             f"images (={count}) must be at most the number of training images, {len(dataset.train)}"
         )
-    if isinstance(dataset.train, StreamedSplit):
-        return next(dataset.train.batches(count, seed=seed, epoch=0))
-    assert isinstance(dataset.train, ResidentSplit)
     chosen = np.random.default_rng(seed).choice(len(dataset.train), count, replace=False)
-    return dataset.train.images[chosen], dataset.train.labels[chosen]
+    return dataset.train.take(chosen)

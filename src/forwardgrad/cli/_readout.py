@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.table import Table
 
 from forwardgrad._console import Console
 from forwardgrad.cli._surroundings import parse
@@ -44,15 +43,12 @@ def readout(arguments: Sequence[str]) -> int:
         examples=options.examples,
         untrained=options.untrained,
     )
-    table = Table(show_header=False, title="forwardgrad readout")
-    rows = {
+    facts = {
         "features": f"{result.features} of {result.network}, {result.algorithm}",
         "fitted on": f"{result.examples:,} images of {result.dataset}",
         "training error": f"{result.train_error:.2f} %",
         "test error": f"{result.test_error:.2f} %",
         "file": str(options.run / readout_file(options.untrained)),
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
+    Console().facts("forwardgrad readout", facts)
     return 0

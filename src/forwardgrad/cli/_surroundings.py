@@ -61,7 +61,6 @@ def parse(
     prog: str,
     arguments: Sequence[str],
     *,
-    description: str,
     computes: bool = True,
     **settings: Any,
 ) -> Options:
@@ -75,9 +74,7 @@ def parse(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed: Any = tyro.cli(
-                options, prog=prog, description=description, args=arguments, **settings
-            )
+            parsed: Any = tyro.cli(options, prog=prog, args=arguments, **settings)
     except SystemExit as stop:
         # What the options were to become has refused them; its own words suffice.
         cause = stop.__context__

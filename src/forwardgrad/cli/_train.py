@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import tyro
-from rich.table import Table
 from tyro.constructors import (
     ConstructorRegistry,
     StructConstructorSpec,
@@ -38,7 +37,7 @@ examples:
 def train(arguments: Sequence[str]) -> int:
     """Train with the options given, and say what came of it."""
     config, console = read_options(arguments), Console()
-    console.print(summary_table(fit(config, console=console)))
+    console.facts("forwardgrad train", facts(fit(config, console=console)))
     return 0
 
 
@@ -90,10 +89,10 @@ def _said_of(name: str, module: eqx.Module) -> str:
     return f"{said[:1].upper()}{said[1:]}."
 
 
-def summary_table(run: Run) -> Table:
+def facts(run: Run) -> dict[str, str]:
     """What a run did, and where its files are."""
-    table, summary = Table(show_header=False, title="forwardgrad train"), run.result
-    rows = {
+    summary = run.result
+    return {
         "task": summary.task,
         "algorithm": summary.algorithm,
         "network": f"{summary.network}, {summary.parameters:,} parameters",
@@ -106,6 +105,3 @@ def summary_table(run: Run) -> Table:
         "files": f"{run.folder}/: summary.json, metrics.jsonl, curves.png, config.json, "
         "checkpoints",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table

@@ -1,16 +1,19 @@
 """What a data set is to the rest of the package."""
 
 import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 from forwardgrad._errors import InputError
 
 # Keeps the division by `std` harmless where a channel is (nearly) constant: one grey level.
 _LEAST_STD = 1 / 255
 _PART = 1024
+
+Batch = tuple[UInt8[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]
 
 
 class Split(abc.ABC):
@@ -23,6 +26,14 @@ class Split(abc.ABC):
     @abc.abstractmethod
     def __len__(self) -> int:
         """The number of images."""
+
+    @abc.abstractmethod
+    def take(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        """These images and their labels."""
+
+    @abc.abstractmethod
+    def ordered(self, batch_size: int) -> Iterator[Batch]:
+        """All examples in the order of the file, for evaluation; the last batch may be short."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +63,16 @@ class ResidentSplit(Split):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def take(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        """These images and their labels."""
+        return self.images[rows], self.labels[rows]
+
+    def ordered(self, batch_size: int) -> Iterator[Batch]:
+        """All examples in their order; the last batch may be short."""
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.images[part], self.labels[part]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from forwardgrad._errors import InputError, unknown_name
-from forwardgrad.data._dataset import Dataset, Split, channel_statistics
-from forwardgrad.data._decode import Rows, train_and_test
+from forwardgrad.data._dataset import Dataset, channel_statistics
+from forwardgrad.data._decode import train_and_test
 from forwardgrad.data._digits import digits
 from forwardgrad.data._stream import StreamedSplit, resident
 from forwardgrad.data._tables import Table, from_folder, from_hub
@@ -90,21 +88,14 @@ def load(
         return digits()
     train, test, classes = train_and_test(*_tables(name, folder), label_column)
     decoded = (len(train) + len(test)) * math.prod(train.image_shape)
-    split = _resident if decoded <= resident_limit else _streamed
-    (train_split, sample), (test_split, _) = split(train), split(test)
-    mean, std = channel_statistics(sample)
-    return Dataset(name, train.image_shape, classes, train_split, test_split, mean, std)
-
-
-def _resident(rows: Rows) -> tuple[Split, np.ndarray]:
-    """The split and the images to take statistics of: all."""
-    split = resident(rows)
-    return split, split.images
-
-
-def _streamed(rows: Rows) -> tuple[Split, np.ndarray]:
-    """The split and the images to take statistics of: some, which shows bad rows early."""
-    return StreamedSplit(rows), rows.take(rows.spread(_SAMPLE))[0]
+    if decoded <= resident_limit:
+        splits = resident(train), resident(test)
+        sample = splits[0].images
+    else:
+        splits = StreamedSplit(train), StreamedSplit(test)
+        # Of both, which shows bad rows early.
+        sample, _ = (rows.take(rows.spread(_SAMPLE))[0] for rows in (train, test))
+    return Dataset(name, train.image_shape, classes, *splits, *channel_statistics(sample))
 
 
 def _data_folder(data_dir: Path | str | None) -> Path | None:

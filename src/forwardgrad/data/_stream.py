@@ -5,13 +5,11 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int
 
 from forwardgrad._errors import InputError
-from forwardgrad.data._dataset import ResidentSplit, Split
+from forwardgrad.data._dataset import Batch, ResidentSplit, Split
 from forwardgrad.data._decode import Rows
-
-Batch = tuple[UInt8[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]
 
 _THREADS = min(16, os.cpu_count() or 1)
 # Decoded batches that wait, at most; with those in the threads' hands this bounds the memory.
@@ -34,6 +32,10 @@ class StreamedSplit(Split):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def take(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        """These images, decoded, and their labels."""
+        return self._rows.take(rows)
 
     def batches(
         self,

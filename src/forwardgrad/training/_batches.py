@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from forwardgrad._errors import InputError
-from forwardgrad.augmentation import AbstractAugmentation, augment, build
+from forwardgrad.augmentation import AbstractAugmentation, augment
 from forwardgrad.data import Dataset, ResidentSplit, Split, StreamedSplit
 from forwardgrad.objectives import two_views, wrong
 from forwardgrad.training._config import TrainConfig
@@ -69,17 +69,12 @@ def _to_unit(images: Array) -> Array:
 
 def make_inputs(config: TrainConfig, data: Dataset) -> Inputs:
     """What the settings make of a data set's images."""
-    settings, channels = config.images, data.image_shape[2]
+    channels = data.image_shape[2]
     return Inputs(
-        augmentation=build(
-            settings.augment,
-            least_area=settings.least_area,
-            jitter=settings.jitter,
-            blur=settings.blur,
-        ),
+        augmentation=config.augmentation.build(),
         views=2 if config.task == "contrastive" else 1,
-        shift=jnp.asarray(data.mean) if settings.normalise else jnp.zeros(channels),
-        scale=jnp.asarray(data.std) if settings.normalise else jnp.ones(channels),
+        shift=jnp.asarray(data.mean) if config.normalise else jnp.zeros(channels),
+        scale=jnp.asarray(data.std) if config.normalise else jnp.ones(channels),
     )
 
 
@@ -177,18 +172,8 @@ def batches(split: Split, limit: int | None = None) -> Iterator[tuple[np.ndarray
 
     A short batch is filled up with black images of the label -1, so that one program serves all.
     """
-    for images, labels in _batches(split, limit):
+    count = len(split) if limit is None else min(limit, len(split))
+    for images, labels in itertools.islice(split.ordered(BATCH), -(-count // BATCH)):
         missing = BATCH - len(labels)
         images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
         yield images, np.pad(labels, (0, missing), constant_values=-1), missing
-
-
-def _batches(split: Split, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    stop = len(split) if limit is None else min(limit, len(split))
-    if isinstance(split, ResidentSplit):
-        for start in range(0, stop, BATCH):
-            chosen = slice(start, min(start + BATCH, stop))
-            yield split.images[chosen], split.labels[chosen]
-        return
-    assert isinstance(split, StreamedSplit)
-    yield from itertools.islice(split.ordered(BATCH), -(-stop // BATCH))

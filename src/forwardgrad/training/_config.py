@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from forwardgrad._errors import InputError, check_seed, unknown_name
 from forwardgrad._files import local
+from forwardgrad.augmentation import AbstractAugmentation, build
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.objectives import AbstractObjective
 from forwardgrad.training._algorithms import ALGORITHMS, defaults, parts
@@ -26,6 +27,9 @@ Task = Literal["supervised", "contrastive"]
 Augment = Literal["none", "crop-flip", "simclr"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "lars"]
 Schedule = Literal["constant", "cosine", "exponential", "linear"]
+
+AUGMENTED: dict[str, Augment] = {"supervised": "none", "contrastive": "simclr"}
+"""How training images are changed by default, by the task."""
 
 WITH_MOMENTUM = ("sgd", "rmsprop", "lars")
 """Optimisers that have a momentum of their own to set."""
@@ -47,19 +51,27 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSettings(Settings):
-    """What a network gets to see of the images."""
+class AugmentationSettings(Settings):
+    """Random changes of the training images."""
 
     augment: Augment = "none"
-    """Random changes of the training images. Default: none; simclr for contrastive learning."""
+    """Augmentation: none, crop-flip, or simclr, the default of contrastive learning."""
     least_area: float = 0.2
     """Least share of an image that a random resized crop keeps (simclr)."""
     jitter: float = 0.5
-    """Strength of the colour jitter (simclr)."""
+    """Strength of the colour jitter (simclr), from 0 to 1."""
     blur: float | None = None
     """Probability of a blur (simclr). Default: 0.5 for images of 64 pixels and more, else 0."""
-    normalise: bool = True
-    """Subtract the training images' mean and divide by their standard deviation, per channel."""
+
+    def build(self) -> AbstractAugmentation:
+        """The augmentation.
+
+        **Raises:**
+
+        `InputError` if a setting is out of range, or not this augmentation's.
+        """
+        settings = {"least_area": self.least_area, "jitter": self.jitter, "blur": self.blur}
+        return build(self.augment, **settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +157,8 @@ class TrainConfig(Settings):
     accumulate: Count = 1
     """Parts that a batch is cut into, one after another, with their gradients averaged: for
     batches that do not fit in memory."""
+    normalise: bool = True
+    """Subtract the training images' mean and divide by their standard deviation, per channel."""
     eval_every: Count = 1
     """Epochs between evaluations on the test set."""
     log_every: Count | None = None
@@ -152,7 +166,7 @@ class TrainConfig(Settings):
     checkpoint_every: Positive = 30.0
     """Seconds between checkpoints."""
 
-    images: ImageSettings
+    augmentation: AugmentationSettings
     sizes: NetworkSettings
     optimisation: OptimizerSettings
     objective: AbstractObjective
@@ -172,7 +186,7 @@ class TrainConfig(Settings):
                 f"{self.task!r}, like {own}, got {(self.objective, self.estimator)}"
             )
         self._check_batch()
-        if self.task == "contrastive" and self.images.augment == "none":
+        if self.task == "contrastive" and self.augmentation.augment == "none":
             raise InputError(
                 "augment must not be 'none' with task 'contrastive': both views of an image would "
                 "be the same"
@@ -278,7 +292,7 @@ def preset(
         task=task,
         network=network,
         algorithm=algorithm,
-        images=ImageSettings(augment="simclr" if task == "contrastive" else "none"),
+        augmentation=AugmentationSettings(augment=AUGMENTED[task]),
         sizes=NetworkSettings(),
         optimisation=OptimizerSettings(optimizer=optimizer, learning_rate=suited["learning_rate"]),
         objective=objective,
