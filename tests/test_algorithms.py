@@ -68,10 +68,8 @@ def test_contrastive(name):
 
     state, values, errors = optimiser.init(params), [], []
     # One head starts near log(63) = 4.1 and cannot get below about 2.1 at this temperature.
-    heads = (
-        len(jax.eval_shape(lambda: objective(network, images, two_views(labels, labels)))[0].terms)
-        - 1
-    )
+    losses, _ = jax.eval_shape(lambda: objective(network, images, two_views(labels, labels)))
+    heads = len(losses.terms) - 1
     for key in jax.random.split(jax.random.key(2), 300):
         params, state, wrong, contrastive = step(params, state, key)
         values.append(float(contrastive))
