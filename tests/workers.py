@@ -502,4 +502,6 @@ OTHERS += (sharded_by_the_compiler, sharded_by_types, sharded_modules)
 SCENARIOS |= {f.__name__: f for f in OTHERS}
 
 if __name__ == "__main__":
-    SCENARIOS[sys.argv[1]]()
+    for name in sys.argv[1:]:
+        print(name, file=sys.stderr)
+        SCENARIOS[name]()
