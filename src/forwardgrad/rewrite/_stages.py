@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from forwardgrad._errors import InputError
 from forwardgrad.rewrite._flow import Influence
 from forwardgrad.rewrite._primitives import is_lasting, is_ref, line_of
-from forwardgrad.rewrite._trace import inline
+from forwardgrad.rewrite._trace import Array, inline
 from forwardgrad.rewrite._workers import varying
 
 
@@ -122,7 +122,7 @@ def after(results: Any, arrays: Sequence[Any]) -> list[Any]:
     return [a + zero(varying(a)).astype(a.dtype) if _is_number(a) else a for a in arrays]
 
 
-def _one_of(array: jax.Array) -> jax.Array:
+def _one_of(array: Array) -> jax.Array:
     """A number that needs the array: an entry, or where types say how it is sharded, the sum."""
     return jnp.sum(array) if any(jax.typeof(array).sharding.spec) else array.reshape(-1)[0]
 
