@@ -5,6 +5,11 @@ import os
 # Flops, temporary memory and the statistics of fixed keys are asserted for the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# NumPy's small systems of equations take many times as long where threads wait for a core. This
+# holds for the workers that are started from here, not for a process that has loaded NumPy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import jaxlib
