@@ -57,8 +57,11 @@ def commands():
             if language == "bash":
                 for line in code.replace("\\\n", " ").splitlines():
                     for command in line.split("&&"):
-                        if words := shlex.split(command, comments=True):
-                            yield pytest.param(words, id=f"{relative(page)}: {' '.join(words)}")
+                        words = shlex.split(command, comments=True)
+                    while words and "=" in words[0]:  # A variable for the command.
+                        words.pop(0)
+                    if words:
+                        yield pytest.param(words, id=f"{relative(page)}: {' '.join(words)}")
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ class Contrastive(AbstractTask):
 
         With $P$ the softmax of the scores, row by row, and $M$ one where two views match,
 
-        $$\frac{\partial L}{\partial u} = \frac1{2B\tau} (P + P^\top - 2M)\, u,$$
+        $$\frac{\partial L}{\partial u} = \frac1{2B\tau} (P + P^\top - 2M)\, u.$$
 
         An output gets the component of this that is orthogonal to it, divided by its length.
         """
