@@ -122,7 +122,7 @@ def after(results: Any, arrays: Sequence[Any]) -> list[Any]:
     return [a + zero(varying(a)).astype(a.dtype) if _is_number(a) else a for a in arrays]
 
 
-def _one_of(array: Array) -> jax.Array:
+def _one_of(array: Array) -> Array:
     """A number that needs the array: an entry, or where types say how it is sharded, the sum."""
     return jnp.sum(array) if any(jax.typeof(array).sharding.spec) else array.reshape(-1)[0]
 
