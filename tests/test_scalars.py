@@ -237,8 +237,12 @@ def test_any_optimiser_and_stacked_steps(short):
     assert_same(fg.replay(WEIGHTS, again, optimiser), params)
 
 
-def test_replay_refuses(short):
+def test_replay_refuses(short, unchecked):
+    del unchecked
     optimiser, params, steps, log = short
+    for given, message in (((steps,), "log must be"), ((log, "adam"), "optimiser must be one of")):
+        with pytest.raises(fg.InputError, match=message):
+            fg.replay(WEIGHTS, *given)
     with pytest.raises(fg.InputError, match="optimiser must be given"):
         fg.replay(WEIGHTS, log)
     with pytest.raises(fg.InputError, match="params0 must be"):
@@ -274,3 +278,44 @@ def test_damaged_logs(tmp_path, short):
     np.savez(path, other=np.zeros(3))
     with pytest.raises(fg.InputError, match="is no replay log"):
         fg.ReplayLog.load(tmp_path / "run.npz")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_and_steps_in_one_scan(tmp_path, dtype):
+    """The steps of a `scan` come stacked; a parameter may be empty, and a key of another kind."""
+    estimator, optimiser = fg.WeightPerturbation(tangents=2), optax.sgd(0.1)
+    params = {"a": jnp.full((4, 8), 0.1, dtype), "b": jnp.ones((8, 2), dtype)}
+    params["empty"] = jnp.zeros((0, 3), dtype)
+
+    def loss(p):
+        return jnp.mean((jnp.tanh(jnp.ones((3, 4), dtype) @ p["a"]) @ p["b"]) ** 2)
+
+    def step(carry, i):
+        params, state = carry
+        key = jax.random.fold_in(jax.random.key(1, impl="rbg"), i)
+        scalars = fg.directional_derivatives(loss, estimator)(params, key=key)
+        grads = fg.apply_scalars(estimator, params, key, scalars)
+        updates, state = optimiser.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), scalars
+
+    start = (params, optimiser.init(params))
+    (trained, _), steps = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(30)))(start)
+    log = fg.ReplayLog.of_run(params, steps, trained, {"name": "sgd", "learning_rate": 0.1})
+    log.save(tmp_path / "run")
+    assert_same(fg.replay(params, fg.ReplayLog.load(tmp_path / "run")), trained)
+
+
+def test_workers_of_a_vmap():
+    """Along a named axis of `vmap`, too, everybody has the sum of all workers' estimates."""
+    x, w, key = jax.random.normal(jax.random.key(0), (4, 6, 3)), jnp.ones((3, 2)), jax.random.key(1)
+    inner = fg.WeightPerturbation()
+
+    def loss(w, x):
+        return jnp.mean((x @ w - 1) ** 2)
+
+    step = fg.value_and_grad(loss, fg.WorkerTangents(inner, "worker"))
+    grads = jax.vmap(lambda x: step(w, x, key=key)[1], axis_name="worker")(x)
+    alone = fg.value_and_grad(loss, inner)
+    each = [alone(w, x[i], key=jax.random.fold_in(key, i))[1] for i in range(4)]
+    for own in grads:
+        np.testing.assert_allclose(own, sum(each), rtol=1e-5)

@@ -183,6 +183,12 @@ def replay(
     True
     """
     params = checked_params(params0)
+    if not isinstance(log, ReplayLog):
+        raise InputError(f"log must be a ReplayLog, got a {type(log).__name__}")
+    if not isinstance(optimiser, optax.GradientTransformation | None):
+        raise InputError(
+            f"optimiser must be one of Optax's or None, got a {type(optimiser).__name__}"
+        )
     if _digest(params) != log.begun:
         raise InputError(
             "params0 must be the parameters that the run began with, to the bit; got other ones"

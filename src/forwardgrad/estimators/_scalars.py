@@ -91,9 +91,9 @@ def checked(
     same = jnp.all(words == scalars.key, axis=-1)
     if not isinstance(same, Tracer):
         if not same.all():
+            made, got = (w.reshape(-1, 2)[jnp.argmin(same)].tolist() for w in (scalars.key, words))
             raise InputError(
-                f"key must be the one that the scalars were made with, of words {scalars.key}, "
-                f"got {words}"
+                f"key must be the one that the scalars were made with, of words {made}, got {got}"
             )
         return scalars
     trusted = [jnp.where(same[..., None], d, jnp.nan) for d in scalars.derivatives]

@@ -95,10 +95,11 @@ class WorkerTangents(AbstractEstimator):
                 "have tangents of its own; use WeightPerturbation() there, with one key for all"
             )
         keys = jax.vmap(lambda worker: jax.random.fold_in(key, worker))(workers)
+        sent, tree = jax.tree.flatten((scalars.derivatives, scalars.rows))
+        derivatives, rows = tree.unflatten(gathered(sent, self.axis_name))
+        value = jnp.broadcast_to(scalars.value, workers.shape)
+        words = jax.vmap(words_of)(keys)
         everyones = dataclasses.replace(
-            scalars,
-            derivatives=tuple(gathered(scalars.derivatives, self.axis_name)),
-            rows=jax.lax.all_gather(scalars.rows, self.axis_name, to="invarying"),
-            key=jax.vmap(words_of)(keys),
+            scalars, value=value, derivatives=derivatives, rows=rows, key=words
         )
         return (scalars.value, aux), self.estimator.apply_scalars(params, keys, everyones)

@@ -77,13 +77,17 @@ def summed_changes(
 
 
 def gathered(arrays: Sequence[jax.Array], axis: str) -> list[jax.Array]:
-    """Arrays of one shape of all workers along an axis, stacked, the same for all of these."""
+    """Arrays of all workers along an axis, stacked, the same for all of these.
 
-    def gather(stacked, own):
-        del own
-        return jnp.swapaxes(jax.lax.all_gather(stacked, axis, to="invarying"), 0, 1)
+    Those of one shape and type go in one message.
+    """
+    to = "varying" if untyped([axis]) else "invarying"
 
-    return _together(arrays, [tuple(sorted(varying(a))) for a in arrays], gather)
+    def gather(stacked, kind):
+        del kind
+        return jnp.swapaxes(jax.lax.all_gather(stacked, axis, to=to), 0, 1)
+
+    return _together(arrays, [(str(jax.typeof(a)), *sorted(varying(a))) for a in arrays], gather)
 
 
 def _together(
