@@ -12,13 +12,12 @@ import filelock
 
 from forwardgrad._errors import InputError
 from forwardgrad._files import writing
-from forwardgrad.results import Measurement, Summary, read, read_lines, write
+from forwardgrad.results import Measurement, Summary, read, read_lines
 from forwardgrad.training._config import (
     TrainConfig,
     differences,
     fitting,
     not_default,
-    options_of,
 )
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
@@ -174,12 +173,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def claim_folder(folder: Path, config: TrainConfig) -> None:
-    """Make the folder this run's, unless it is already."""
-    if not lexists(folder / CONFIG):
-        write(folder / CONFIG, options_of(config))
 
 
 def _choose(config: TrainConfig) -> Path:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from forwardgrad._files import writing
 from forwardgrad.results import Measurement, Summary, read_lines, save, write
 from forwardgrad.training._batches import Feed
 from forwardgrad.training._checkpoint import Checkpoints, Progressed
-from forwardgrad.training._config import TrainConfig
+from forwardgrad.training._config import TrainConfig, options_of
 from forwardgrad.training._folder import (
     CHECKPOINTS,
+    CONFIG,
     CURVES,
     METRICS,
     SUMMARY,
     Run,
-    claim_folder,
     find_folder,
     load_config,
     locked,
@@ -35,7 +36,6 @@ from forwardgrad.training._interrupt import Interrupted, StopRequest
 from forwardgrad.training._metrics import Metrics, curves
 from forwardgrad.training._progress import Progress
 from forwardgrad.training._setup import Setup
-from forwardgrad.training._state import TrainState
 
 CHUNK_SECONDS = 1.0
 """How long the compiled loop runs before it looks at signals, the clock and the terminal."""
@@ -79,7 +79,8 @@ def fit(config: TrainConfig, *, console: Console | None = None) -> Run:
             _, finished = find_folder(dataclasses.replace(config, out=folder))
             if finished is not None:
                 return finished
-            claim_folder(folder, config)
+            if not lexists(folder / CONFIG):
+                write(folder / CONFIG, options_of(config))
             with contextlib.closing(_Session(config, folder, setup, progress)) as session:
                 session.train()
                 return session.finish()
@@ -295,12 +296,8 @@ class _Session:
         )
 
     def _save(self) -> None:
-        if not all(np.isfinite(leaf).all() for leaf in _parameters(self.state)):
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.state.params)):
             raise self._diverged(f"the parameters are not finite after step {self.step}")
         lines = len(self.metrics.lines)
         self.checkpoints.save(self.state, Progressed(DRAWS, self.seconds, lines))
         self.saved_at = time.monotonic()
-
-
-def _parameters(state: TrainState) -> Iterator[np.ndarray]:
-    return (np.asarray(leaf) for leaf in jax.tree.leaves(state.params))

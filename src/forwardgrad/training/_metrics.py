@@ -16,6 +16,7 @@ from tensorboardX.summary import scalar
 
 from forwardgrad._files import write_text, writing
 from forwardgrad.results import Measurement, as_line, fields
+from forwardgrad.results._figures import panels
 from forwardgrad.training._folder import METRICS
 
 
@@ -74,8 +75,7 @@ class Metrics:
 def curves(lines: Sequence[Measurement], title: str) -> Figure:
     """Loss and error against the epoch."""
     epochs = [line for line in lines if line.event == "epoch"]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, ((left, right),) = panels(1, 2, size=(9, 3.6))
     left.plot([e.epoch for e in epochs], [e.loss for e in epochs])
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
     for name, label in (("train_error", "training, during the epoch"), ("test_error", "test")):
@@ -83,7 +83,5 @@ def curves(lines: Sequence[Measurement], title: str) -> Figure:
         right.plot([x for x, _ in points], [y for _, y in points], label=label)
     right.set(xlabel="epoch", ylabel="error (%)", ylim=(0, None))
     right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
     figure.suptitle(title)
     return figure
