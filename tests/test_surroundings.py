@@ -122,6 +122,7 @@ def test_no_device(monkeypatch, refused, error):
         (FloatingPointError("invalid value (nan)\nmore"), "JAX_DEBUG_NANS .*invalid value \\(nan"),
         (MemoryError(), "the memory does not suffice: MemoryError"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 TB"), "does not suffice: RESOURCE_EXH"),
+        (jax.errors.JaxRuntimeError("INTERNAL: Out of memory: 9 TB"), "does not suffice: INTERNAL"),
     ],
 )
 def test_errors_of_the_machine(error, match):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ def settled() -> Iterator[None]:
                 f"{_line(error)}"
             ) from error
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            said = re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.I)
+            if not (said or isinstance(error, MemoryError)):
                 raise
             raise InputError(f"the memory does not suffice: {_line(error)}") from error
 
