@@ -469,13 +469,14 @@ def experiment(monkeypatch):
     """A registered experiment, and the options that it was run with."""
     called = []
 
-    def run(options: Options) -> Path:
-        if options.size < 0:
-            raise InputError(f"size must not be negative, got {options.size}")
-        called.append(options)
-        return options.out
+    class Probe(experiments.Experiment):
+        def run(self, options: Options) -> Path:
+            if options.size < 0:
+                raise InputError(f"size must not be negative, got {options.size}")
+            called.append(options)
+            return options.out
 
-    entry = experiments.Experiment("probe", "a probe of the command", Options, run)
+    entry = Probe("probe", "a probe of the command", Options, experiments.COMPARE.cells)
     monkeypatch.setitem(experiments.EXPERIMENTS, "probe", entry)
     return called
 
