@@ -312,7 +312,7 @@ def configure(**given: Any) -> TrainConfig:
 
     >>> config = configure(algorithm="lg-fg-a", network="m/8/16", tangents=8)
     >>> config.estimator
-    ActivityPerturbation(tangents=8, distribution='rademacher', chunk=None)
+    ActivityPerturbation(tangents=8)
     >>> config.optimisation.learning_rate, config.objective.greedy
     (0.03, True)
     """
