@@ -27,10 +27,12 @@ class NodePerturbation(AbstractPerturbedActivities):
     As h goes to zero this becomes `ActivityPerturbation`, with the same activations, the same
     steering by the losses that an activation can change, and the same variance. The bias is of
     order $h^2$ where the losses are smooth, and of order $h$ near a kink. The error by rounding is
-    of order $\varepsilon L / h$, with $\varepsilon$ the precision of the losses' type. Only each layer's product with its input is differentiated, and
-    the last layer. But derivatives still say which losses an activation can change, and the last
-    layer gets its exact gradient. So a loss whose derivative is zero everywhere, such as an
-    accuracy, has an estimate of zero, and a loss that JAX cannot differentiate is refused.
+    of order $\varepsilon L / h$, with $\varepsilon$ the precision of the losses' type.
+
+    Only each layer's product with its input is differentiated, and the last layer. But derivatives
+    still say which losses an activation can change, and the last layer gets its exact gradient. So
+    a loss whose derivative is zero everywhere, such as an accuracy, has an estimate of zero, and a
+    loss that JAX cannot differentiate is refused.
 
     A step costs K + 2 forward passes and one product more for each layer.
 
