@@ -41,7 +41,6 @@ from rich.table import Table
 
 import forwardgrad as fg
 import measure
-from forwardgrad.rewrite import Program
 from third_party_models import MODELS, Model
 
 SEED = 0
@@ -211,25 +210,21 @@ def _sum(function: Callable, a: Any, b: Any) -> float:
     return float(sum(jax.tree.leaves(jax.tree.map(function, a, b))))
 
 
+SITE = re.compile(r"\S*/(?=site-packages/|benchmarks/)")
+"""Where a machine keeps its packages."""
+
+
 def _built(loss: Callable, params: Any, args: tuple) -> dict[str, Any]:
     """How each parameter's gradient comes about in FG-W, and why a tangent had to be an array."""
-    if hasattr(fg, "explain"):
-        rows = [
-            {"path": row.path, "shape": list(row.shape), "how": row.how, "where": row.where}
-            for row in fg.explain(loss, METHODS["FG-W"], params, *args).rows
-        ]
-    else:
-        program = Program(lambda p: (fg.Losses([loss(p, *args)], [()]), None), params)
-        paths = jax.tree_util.tree_leaves_with_path(params)
-        rows = [
-            {
-                "path": jax.tree_util.keystr(path),
-                "shape": list(leaf.shape),
-                "how": "rank-one" if len(layout) > 1 else "dense",
-                "where": None,
-            }
-            for (path, leaf), layout in zip(paths, program.layouts(), strict=True)
-        ]
+    rows = [
+        {
+            "path": row.path,
+            "shape": list(row.shape),
+            "how": row.how,
+            "where": [SITE.sub("", where) for where in row.where],
+        }
+        for row in fg.explain(loss, METHODS["FG-W"], params, *args).rows
+    ]
     return {"rows": rows, "dense_matrices": [r["path"] for r in rows if _dense_matrix(r)]}
 
 
