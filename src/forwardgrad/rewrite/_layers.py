@@ -173,15 +173,12 @@ class LayerWalk(AbstractWalk):
 
     def _evaluate(self, eqn: JaxprEqn, arrays: Sequence[Array]) -> Sequence[Array]:
         """The outputs of an equation that holds no activations."""
-        inner = frozenset().union(*(names(program.jaxpr) for program in programs(eqn)))
-        walked = {"scan", "while", "cond"}
-        if self._hooks.held is None or not (
-            eqn.primitive.name in walked and "stop_gradient" in inner
-        ):
+        held, name = self._hooks.held, eqn.primitive.name
+        if held is None or name not in ("scan", "while", "cond"):
             return evaluate(eqn, arrays)
-        outs = PROGRAMS[eqn.primitive.name](
-            LayerWalk(self._plan, Hooks(held=self._hooks.held)), eqn, arrays
-        )
+        if not any("stop_gradient" in names(program.jaxpr) for program in programs(eqn)):
+            return evaluate(eqn, arrays)
+        outs = PROGRAMS[name](LayerWalk(self._plan, Hooks(held=held)), eqn, arrays)
         assert outs is not None
         return outs
 
