@@ -22,6 +22,10 @@ def with_article(name: str) -> str:
     return f"an {name}" if vowel else f"a {name}"
 
 
+MOST = 2**31 - 1
+"""The most that an integer of JAX counts."""
+
+
 def check_seed(seed: int) -> None:
     """Raise an `InputError` for a seed that is another one's twin: JAX takes 32 bits of it."""
     if not 0 <= seed < 2**32:

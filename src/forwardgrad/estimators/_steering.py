@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import MOST, InputError
 from forwardgrad._losses import Losses
 from forwardgrad.rewrite import UNKNOWN, Activation, Part, Program, line_of, summed_change
 
@@ -229,10 +229,6 @@ def _is_zero(tangent: Any) -> bool:
 def total_of(term: Array) -> Array:
     """The sum of a term's entries, in single precision at least."""
     return jnp.sum(term.astype(jnp.promote_types(term.dtype, jnp.float32)))
-
-
-MOST = 2**31 - 1
-"""The most that an integer of JAX counts."""
 
 
 def check_counts(estimator: Any, *names: str) -> None:

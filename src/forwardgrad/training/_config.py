@@ -9,15 +9,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from forwardgrad._errors import InputError, check_seed, unknown_name
+from forwardgrad._errors import MOST, InputError, check_seed, unknown_name
 from forwardgrad._files import local
 from forwardgrad.augmentation import AbstractAugmentation, build
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.objectives import AbstractObjective
 from forwardgrad.training._algorithms import ALGORITHMS, defaults, parts
-
-MOST = 2**31 - 1
-"""The most that an integer of JAX counts."""
 
 Count = Annotated[int, Meta(ge=1, le=MOST)]
 Number = Annotated[float, Meta(ge=0, le=1e300)]

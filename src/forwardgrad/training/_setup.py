@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import MOST, InputError
 from forwardgrad._losses import Losses
 from forwardgrad.data import Dataset, load
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.networks import AbstractNetwork, build
 from forwardgrad.training._batches import make_error, make_feeds, make_inputs
-from forwardgrad.training._config import MOST, TrainConfig
+from forwardgrad.training._config import TrainConfig
 from forwardgrad.training._state import Loss, initial_state, make_advance, slow_in_loops
 
 SCALE = 256
