@@ -31,6 +31,7 @@ from forwardgrad.experiments._experiment import (
 from forwardgrad.results import Place, Table, TableCell, look, over_seeds
 from forwardgrad.results._figures import panels
 from forwardgrad.training import ALGORITHMS as KNOWN
+from forwardgrad.training._config import Augment
 
 ALGORITHMS = (
     *("bp", "l-bp", "lg-bp", "fa", "l-fa", "lg-fa", "dfa"),
@@ -107,6 +108,10 @@ class Table3Options(TableOptions):
     """Data sets whose columns are wanted: mnist, cifar10."""
     epochs: int = 40
     batch_size: int = 128
+    augment: Augment = "none"
+    """Random changes of the training images, as for train: none, crop-flip, simclr."""
+    warmup: int = 0
+    """Steps over which the learning rate first rises."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +236,7 @@ TABLE3 = _table(
     "Table 3 of Ren et al. (2023), supervised",
     TABLE3_COLUMNS,
     TABLE3_PAPER,
+    same=("augment", "warmup"),
 )
 
 TABLE4 = _table(
