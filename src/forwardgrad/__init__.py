@@ -14,6 +14,7 @@ from forwardgrad._estimation import estimation as estimation
 from forwardgrad._explain import Explanation as Explanation
 from forwardgrad._explain import explain as explain
 from forwardgrad._filter_value_and_grad import filter_value_and_grad as filter_value_and_grad
+from forwardgrad._greedy import greedy as greedy
 from forwardgrad._losses import Losses as Losses
 from forwardgrad._replay import ReplayLog as ReplayLog
 from forwardgrad._replay import replay as replay
@@ -64,6 +65,7 @@ __all__ = [
     "estimation",
     "explain",
     "filter_value_and_grad",
+    "greedy",
     "replay",
     "value_and_grad",
 ]
