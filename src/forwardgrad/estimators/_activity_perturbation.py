@@ -43,7 +43,8 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     - `tangents`: K, the number of tangents whose estimates are averaged.
     - `distribution`: of the tangents' entries: `"rademacher"`, `"normal"`, or `"sphere"` (every
         activation's tangent scaled as one vector).
-    - `chunk`: how many tangents are computed at a time; see `WeightPerturbation`.
+    - `chunk`: how many tangents are computed at a time; see `WeightPerturbation`. What they share
+        is always kept, because reverse mode keeps most of it in any case.
 
     **Raises:**
 
@@ -90,7 +91,7 @@ class ActivityPerturbation(AbstractPerturbedActivities):
             return rest, changes
 
         tangents = jnp.arange(self.tangents)
-        return over_tangents(along, tangents, self.tangents, program, self.chunk)
+        return over_tangents(along, tangents, self.tangents, program, self.chunk, reverse=True)
 
 
 @jax.custom_jvp

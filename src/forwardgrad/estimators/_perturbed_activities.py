@@ -141,8 +141,6 @@ class AbstractPerturbedActivities(AbstractEstimator):
             return [writes[i] for i in places.values()], (writes, inner)
 
         (writes, noted), changes = self._changes(evaluate, program)
-        if self.tangents == 1:
-            changes = [change[0] for change in changes]
         total = sum([total_of(writes[i]) for i in places.values()], start=jnp.zeros(()))
         by_term = [dict(zip(places, changes, strict=True)).get(i) for i in range(program.terms)]
         return (total, [a.value for a in noted]), (program.losses(by_term), noted, writes)
@@ -160,24 +158,25 @@ class AbstractPerturbedActivities(AbstractEstimator):
         self, activation: Activation, changes: Losses, key: Key[Array, ""], program: Program
     ) -> Array:
         """The estimate of the losses' derivative by an activation."""
-
-        def along(k, changes):
-            scale = influenced(activation, changes, program)
-            loops = activation.value.shape[: activation.stacked]
-            scale = jnp.broadcast_to(scale, (*loops, *scale.shape[activation.stacked :]))
-            return activation.each(
-                lambda a, scale: self._tangent(a.site.key(key), a, k, scale), scale
-            )
-
         if self.distribution == "rademacher":
             # Signs are drawn again when they are needed; XLA would otherwise keep them.
             key = _key_after(changes, key)
-        if self.tangents == 1:
-            estimate = along(jnp.zeros((), int), changes)
-        else:
-            estimate = jnp.mean(jax.vmap(along)(jnp.arange(self.tangents), changes), axis=0)
+
+        def along(k):
+            scale = influenced(activation, jax.tree.map(lambda d: d[k], changes), program)
+            loops = activation.value.shape[: activation.stacked]
+            scale = jnp.broadcast_to(scale, (*loops, *scale.shape[activation.stacked :]))
+            estimate = activation.each(
+                lambda a, scale: self._tangent(a.site.key(key), a, k, scale), scale
+            )
+            return estimate.astype(jnp.promote_types(estimate.dtype, jnp.float32))
+
+        # One after another: together, the tangents would be K times as large as the activation.
+        estimate = jax.lax.fori_loop(
+            1, self.tangents, lambda k, total: total + along(k), along(jnp.zeros((), int))
+        )
         # A derivative by a complex number has the conjugate of the direction it is found along.
-        estimate = jnp.conj(estimate).astype(activation.value.dtype)
+        estimate = jnp.conj(estimate / self.tangents).astype(activation.value.dtype)
         return placed_like(estimate, activation.value)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from forwardgrad._errors import MOST, InputError
 from forwardgrad._losses import Losses
-from forwardgrad.rewrite import UNKNOWN, Activation, Part, Program, line_of, summed_change
+from forwardgrad.rewrite import UNKNOWN, Activation, Part, Program, line_of, shared, summed_change
 
 
 def influenced(activation: Activation, losses: Losses, program: Program) -> Array:
@@ -107,17 +107,24 @@ def _spread(term: Array, digits: Sequence[Part], shape: Sequence[int]) -> Array:
     return jnp.broadcast_to(term.reshape(split), full).reshape(merged)
 
 
+CACHE = 2**21
+"""Bytes of one value's tangents that a processor works on at a time, where it has the choice."""
+
+
 def over_tangents(
     along: Callable[..., tuple[Any, Any]],
     tangents: Any,
     count: int,
     program: Program,
     chunk: int | None = None,
+    *,
+    reverse: bool = False,
 ) -> tuple[Any, Any]:
     """What one pass computes, and what each of K tangents adds to it, stacked.
 
-    `vmap` is outside of `jvp`: what does not depend on the tangents is computed once, or with
-    `chunk` once for so many of them. What `vmap` refuses is done one tangent after another.
+    `vmap` is outside of `jvp`: what does not depend on the tangents is computed once for so many
+    of them. It is kept for all of them if that needs less memory than all tangents at once. What
+    `vmap` refuses is done one tangent after another.
 
     **Arguments:**
 
@@ -125,31 +132,80 @@ def over_tangents(
     - `tangents`: a tree of arrays, K their first axis.
     - `count`: K.
     - `program`: what is evaluated.
-    - `chunk`: how many tangents at a time.
+    - `chunk`: how many tangents at a time. Default: all, or so many as fit into a cache.
+    - `reverse`: whether reverse mode then goes through the pass, and so keeps it. What the tangents
+        add is a constant to it.
     """
+    if count > 1 and not program.may_refuse_vmap:
+        found = _with_shared(along, tangents, count, chunk, reverse)
+        if found is not None:
+            return found
+    if chunk is None or chunk >= count:
+        if count == 1 or not program.may_refuse_vmap:
+            return _together(along, tangents, count)
+        try:
+            return isolated(functools.partial(_together, along, count=count), tangents)
+        except Exception:  # what a callback or a primitive raises here can be anything
+            chunk = 1
+    first = (count - 1) % chunk + 1
+    head = jax.tree.map(lambda a: a[:first], tangents)
+    once, each = over_tangents(along, head, first, program, first)
+
+    def rest(tangent):
+        return over_tangents(functools.partial(along, pure=True), tangent, chunk, program, chunk)[1]
+
+    later = _in_chunks(rest, jax.tree.map(lambda a: a[first:], tangents), chunk)
+    return once, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), each, later)
+
+
+def _with_shared(
+    along: Callable[..., tuple[Any, Any]],
+    tangents: Any,
+    count: int,
+    chunk: int | None,
+    reverse: bool,
+) -> tuple[Any, Any] | None:
+    """The same in chunks that share what does not depend on the tangents; None if it is no gain."""
+    if chunk is not None and chunk >= count:
+        return None
+    function = shared(along, jax.tree.map(lambda a: a[0], tangents), fixed=reverse)
+    if function is None:
+        return None
+    size = function.largest
+    if chunk is None:
+        if function.repeats or jax.default_backend() != "cpu":
+            return None
+        chunk = min(count, max(1, CACHE // max(1, size)))
+    # An operation has its input and its output, each of them once for every tangent at a time.
+    dear = function.kept > 2 * (count - chunk) * size
+    if chunk == count or (dear and not reverse):
+        return None
+    call = function.start()
+    once, _ = call(jax.tree.map(lambda a: a[0], tangents))
+    first = count % chunk
+    each = _in_chunks(
+        lambda part: _together(call, part, chunk)[1],
+        jax.tree.map(lambda a: a[first:], tangents),
+        chunk,
+    )
+    if first:
+        _, head = _together(call, jax.tree.map(lambda a: a[:first], tangents), first)
+        each = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), head, each)
+    return once, each
+
+
+def _together(along: Callable[..., tuple[Any, Any]], tangents: Any, count: int) -> tuple[Any, Any]:
     if count == 1:
         # Without the axis of one tangent XLA's layouts are better, by 5 to 10 % of the step.
         once, each = along(jax.tree.map(lambda a: a[0], tangents))
         return once, jax.tree.map(lambda d: jnp.asarray(d)[None], each)
-    if chunk is None or chunk >= count:
-        if not program.may_refuse_vmap:
-            return jax.vmap(along, out_axes=(None, 0))(tangents)
-        try:
-            return isolated(jax.vmap(along, out_axes=(None, 0)), tangents)
-        except Exception:  # what a callback or a primitive raises here can be anything
-            chunk = 1
-    chunks = (count - 1) // chunk
-    first = count - chunks * chunk
-    head = jax.tree.map(lambda a: a[:first], tangents)
-    once, each = over_tangents(along, head, first, program)
+    return jax.vmap(along, out_axes=(None, 0))(tangents)
 
-    def rest(tangent):
-        return over_tangents(functools.partial(along, pure=True), tangent, chunk, program)[1]
 
-    tail = jax.tree.map(lambda a: a[first:].reshape(chunks, chunk, *a.shape[1:]), tangents)
-    later = jax.lax.map(rest, tail)
-    later = jax.tree.map(lambda d: d.reshape(chunks * chunk, *d.shape[2:]), later)
-    return once, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), each, later)
+def _in_chunks(each: Callable[[Any], Any], tangents: Any, chunk: int) -> Any:
+    """`each` of so many tangents at a time, one chunk after another."""
+    cut = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), tangents)
+    return jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), jax.lax.map(each, cut))
 
 
 def check_one_by_one(program: Program, estimator: str) -> None:

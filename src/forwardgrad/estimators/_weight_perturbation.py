@@ -89,9 +89,11 @@ class WeightPerturbation(AbstractEstimator):
         layer comes after: an output layer, the heads of local losses. Their gradient is local to
         the layer. The variance of the perturbed parameters then no longer contains the squared
         gradients of the last layers, which are often most of it.
-    - `chunk`: how many tangents are computed at a time. This bounds the memory, but the primal is
-        computed again for each chunk. None: all of them, or one at a time if the function cannot
-        be batched (a callback, an ordered effect).
+    - `chunk`: how many tangents are computed at a time. What does not depend on them is computed
+        once and kept, if that needs less memory than all tangents at once, and otherwise computed
+        again for each chunk. None: on a CPU so many as fit into its cache, if what they share can
+        be kept, and else all of them; one at a time if the function cannot be batched (a callback,
+        an ordered effect).
     - `mask_rows`: do not perturb rows of a table that the function does not look up; their gradient
         is zero. Which rows these are depends on the data, so workers and
         [`forwardgrad.apply_scalars`][] have to be told. With False they need only scalars, and the

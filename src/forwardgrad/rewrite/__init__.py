@@ -25,6 +25,7 @@ from forwardgrad.rewrite._program import masked_rows as masked_rows
 from forwardgrad.rewrite._program import named as named
 from forwardgrad.rewrite._program import perturbed as perturbed
 from forwardgrad.rewrite._rows import Lookup as Lookup
+from forwardgrad.rewrite._shared import shared as shared
 from forwardgrad.rewrite._stages import Stage as Stage
 from forwardgrad.rewrite._stages import after as after
 from forwardgrad.rewrite._trace import evaluate as evaluate
@@ -72,6 +73,7 @@ __all__ = [
     "named",
     "perturbed",
     "placed_like",
+    "shared",
     "summed_change",
     "summed_changes",
     "transparent",
