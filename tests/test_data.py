@@ -420,6 +420,30 @@ def test_remainder_can_be_dropped(streamed):
     assert [len(labels) for _, labels in batches] == [8] * 6
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["batches", "ordered"])
+def test_shares_make_up_every_batch(streamed, parts, kind):
+    """Of 50 examples: the last batch has two, and some of its shares have none."""
+
+    def batches(batch_size, **share):
+        if kind == "ordered":
+            return list(streamed.train.ordered(batch_size, **share))
+        return list(streamed.train.batches(batch_size, seed=1, epoch=2, **share))
+
+    for whole, *shares in zip(
+        batches(8), *(batches(8, share=(i, parts)) for i in range(parts)), strict=True
+    ):
+        assert all(len(labels) <= 8 // parts for _, labels in shares)
+        for array, cut in zip(whole, zip(*shares, strict=True), strict=True):
+            assert np.array_equal(array, np.concatenate(cut))
+
+
+@pytest.mark.parametrize("share", [(0, 3), (2, 2), (-1, 2), (0, 0)])
+def test_a_share_that_there_is_not(streamed, share):
+    with pytest.raises(InputError, match="share must be"):
+        streamed.train.batches(8, seed=0, epoch=0, share=share)
+
+
 def test_stream_that_is_left_early_ends_its_threads(streamed):
     before = threading.active_count()
     batches = streamed.train.batches(4, seed=0, epoch=0)

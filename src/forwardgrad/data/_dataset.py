@@ -15,6 +15,29 @@ _PART = 1024
 
 Batch = tuple[UInt8[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]
 
+Share = tuple[int, int]
+"""Which part of every batch is meant, from 0, and how many equal ones it is cut into."""
+
+
+def part_of(batch_size: int, share: Share) -> slice:
+    """The rows of a batch that a share is.
+
+    **Raises:**
+
+    `InputError` if there is no such part, or the batch cannot be cut.
+
+    >>> part_of(64, (1, 4))
+    slice(16, 32, None)
+    """
+    part, parts = share
+    if not 0 <= part < parts or batch_size % parts:
+        raise InputError(
+            f"share must be (i, n) with i from 0 to n - 1 and an n that divides batch_size "
+            f"(={batch_size}), got {share}"
+        )
+    rows = batch_size // parts
+    return slice(part * rows, (part + 1) * rows)
+
 
 class Split(abc.ABC):
     """A part of a data set: so many images, each with a label.
@@ -32,8 +55,11 @@ class Split(abc.ABC):
         """These images and their labels."""
 
     @abc.abstractmethod
-    def ordered(self, batch_size: int) -> Iterator[Batch]:
-        """All examples in the order of the file, for evaluation; the last batch may be short."""
+    def ordered(self, batch_size: int, *, share: Share = (0, 1)) -> Iterator[Batch]:
+        """All examples in the order of the file, for evaluation; the last batch may be short.
+
+        `share` is `(i, n)` for part i of every batch, cut into n equal ones.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +94,12 @@ class ResidentSplit(Split):
         """These images and their labels."""
         return self.images[rows], self.labels[rows]
 
-    def ordered(self, batch_size: int) -> Iterator[Batch]:
+    def ordered(self, batch_size: int, *, share: Share = (0, 1)) -> Iterator[Batch]:
         """All examples in their order; the last batch may be short."""
+        mine = part_of(batch_size, share)
         for start in range(0, len(self), batch_size):
             part = slice(start, start + batch_size)
-            yield self.images[part], self.labels[part]
+            yield self.images[part][mine], self.labels[part][mine]
 
 
 @dataclass(frozen=True, eq=False)

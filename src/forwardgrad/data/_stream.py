@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from forwardgrad._errors import InputError
-from forwardgrad.data._dataset import Batch, ResidentSplit, Split
+from forwardgrad.data._dataset import Batch, ResidentSplit, Share, Split, part_of
 from forwardgrad.data._decode import Rows
 
 _THREADS = min(16, os.cpu_count() or 1)
@@ -45,6 +45,7 @@ class StreamedSplit(Split):
         epoch: int,
         start: int = 0,
         drop_remainder: bool = False,
+        share: Share = (0, 1),
     ) -> Iterator[Batch]:
         """One epoch's batches, in an order that depends on `seed` and `epoch` alone.
 
@@ -57,6 +58,7 @@ class StreamedSplit(Split):
         - `seed`, `epoch`: not negative; another pair is another order.
         - `start`: the number of batches to skip.
         - `drop_remainder`: leave out the last batch if it is short.
+        - `share`: `(i, n)` decodes only part i of every batch, cut into n equal ones.
 
         **Returns:**
 
@@ -72,11 +74,11 @@ class StreamedSplit(Split):
                 raise InputError(f"{name} must not be negative, got {value}")
         shuffle_seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
         order = grain.MapDataset.range(len(self)).shuffle(seed=shuffle_seed)
-        return self._decode(order, batch_size, start, drop_remainder)
+        return self._decode(order, batch_size, start, drop_remainder, share)
 
-    def ordered(self, batch_size: int) -> Iterator[Batch]:
+    def ordered(self, batch_size: int, *, share: Share = (0, 1)) -> Iterator[Batch]:
         """All examples in the order of the file, for evaluation; the last batch may be short."""
-        return self._decode(grain.MapDataset.range(len(self)), batch_size)
+        return self._decode(grain.MapDataset.range(len(self)), batch_size, share=share)
 
     def _decode(
         self,
@@ -84,12 +86,15 @@ class StreamedSplit(Split):
         batch_size: int,
         start: int = 0,
         drop_remainder: bool = False,
+        share: Share = (0, 1),
     ) -> Iterator[Batch]:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        mine = part_of(batch_size, share)
         batches = order.batch(batch_size, drop_remainder=drop_remainder)[start:]
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-        return iter(batches.map(self._rows.take).to_iter_dataset(options))
+        decoded = batches.map(lambda rows: self._rows.take(rows[mine]))
+        return iter(decoded.to_iter_dataset(options))
 
 
 def resident(rows: Rows) -> ResidentSplit:
