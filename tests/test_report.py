@@ -388,7 +388,7 @@ def test_the_command_continues_the_run(name):
     (run,) = read(["runs"], DATE).unfinished
     program, verb, *words = shlex.split(run.command)
     assert (program, verb) == ("forwardgrad", "train")
-    config = read_options(words)
+    config = read_options(words).config
     usual = {"epochs": 3, "learning_rate": 0.1, "momentum": 0.9}
     wanted = {**usual, **settings, "out": Path("runs/a b"), "resume": True}
     assert config == configure(**wanted)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import matplotlib
 import tyro
@@ -86,9 +87,16 @@ def parse(
             raise cause from None
         sys.stderr.write(said.getvalue())
         raise
+    if computes:
+        check_device()  # now: nothing has been read or written yet
+    return _settled(parsed)
+
+
+def _settled(options: Any) -> Any:
+    """Options, and those inside of them, with local paths and a seed in range."""
     changed = {}
-    for field in dataclasses.fields(parsed):
-        value = getattr(parsed, field.name)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
         if field.name == "seed" and value is not None:
             check_seed(value)
         if isinstance(value, Path):
@@ -97,12 +105,13 @@ def parse(
             changed[field.name] = tuple(
                 local(part, field.name) if isinstance(part, Path) else part for part in value
             )
-    if computes:
-        _check_device()  # now: nothing has been read or written yet
-    return dataclasses.replace(parsed, **changed)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, eqx.Module):
+            changed[field.name] = _settled(value)
+    return dataclasses.replace(options, **changed)
 
 
-def _check_device() -> None:
+def check_device() -> None:
+    """Raise an `InputError` if JAX has no device."""
     try:
         jax.numpy.zeros(()).block_until_ready()
     except (RuntimeError, AssertionError) as error:  # the latter without CUDA's plugin

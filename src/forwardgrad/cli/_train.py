@@ -16,9 +16,11 @@ from tyro.constructors import (
 )
 
 from forwardgrad._console import Console
+from forwardgrad.cli._cluster import Cluster
 from forwardgrad.cli._surroundings import parse
 from forwardgrad.training import Run, TrainConfig, fit
 from forwardgrad.training._config import check_names, known, own_and_parts, preset
+from forwardgrad.training._devices import LostError, leave
 
 PROG = "forwardgrad train"
 
@@ -31,18 +33,37 @@ examples:
       backpropagation on data/mnist/{train,test}.parquet
   forwardgrad train --dataset mnist --tangents 16 --epochs 100 --out runs/long --resume
       start runs/long, or continue it after an interruption
+  forwardgrad train --batch-size 512 --coordinator host:1234 --processes 2 --process-id 0
+      process 0 of two, on the machine "host"; all devices of both share each batch
 """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command takes: settings of the run, and who computes it."""
+
+    config: TrainConfig
+    """What is trained, on what and how."""
+    cluster: Cluster
+    """Where. The result is the same to rounding, so that --resume may change this."""
 
 
 def train(arguments: Sequence[str]) -> int:
     """Train with the options given, and say what came of it."""
-    config, console = read_options(arguments), Console()
-    console.facts("forwardgrad train", facts(fit(config, console=console)))
+    options = read_options(arguments)
+    devices = options.cluster.join()
+    console = Console(quiet=not devices.leads)
+    try:
+        run = fit(options.config, console=console, devices=devices)
+    except LostError as error:
+        leave(error)
+    else:
+        console.facts("forwardgrad train", facts(run))
     return 0
 
 
-def read_options(arguments: Sequence[str]) -> TrainConfig:
-    """The settings that the options are for.
+def read_options(arguments: Sequence[str]) -> Options:
+    """What the options are for.
 
     The first reading is for those that the others, and their defaults, depend on.
     """
@@ -53,11 +74,12 @@ def read_options(arguments: Sequence[str]) -> TrainConfig:
     check_names((name for name in names if name in known()), chosen)
     with OPTIONS:
         return parse(
-            TrainConfig,
+            Options,
             PROG,
             arguments,
+            computes=False,  # not before all processes have found each other
             description=DESCRIPTION,
-            default=chosen,
+            default=Options(config=chosen, cluster=Cluster()),
             config=(tyro.conf.OmitArgPrefixes,),
         )
 

@@ -8,6 +8,7 @@ from forwardgrad.training._config import (
     TrainConfig,
     configure,
 )
+from forwardgrad.training._devices import Devices
 from forwardgrad.training._folder import Run, command, read_run
 from forwardgrad.training._interrupt import Interrupted
 from forwardgrad.training._loop import fit, load_run
@@ -17,6 +18,7 @@ from forwardgrad.training._setup import Problem, problem
 __all__ = [
     "ALGORITHMS",
     "AugmentationSettings",
+    "Devices",
     "Interrupted",
     "NetworkSettings",
     "OptimizerSettings",

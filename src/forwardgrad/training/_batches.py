@@ -12,16 +12,23 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from forwardgrad._errors import InputError
 from forwardgrad.augmentation import AbstractAugmentation, augment
 from forwardgrad.data import Dataset, ResidentSplit, Split, StreamedSplit
+from forwardgrad.data._dataset import Share, part_of
 from forwardgrad.objectives import two_views, wrong
 from forwardgrad.training._config import TrainConfig
+from forwardgrad.training._devices import ONE, Devices
 
 
 class Feed(eqx.Module):
-    """Examples on the device, and which of them make up each batch."""
+    """Examples on the devices: those of each batch, or all, and which of these each batch has."""
 
-    images: UInt8[Array, "examples height width channels"]
-    labels: Int[Array, " examples"]
-    order: Int[Array, "steps batch"]
+    images: UInt8[Array, "*steps examples height width channels"]
+    labels: Int[Array, "*steps examples"]
+    order: Int[Array, "steps batch"] | None = None
+
+    def batch(self, i: Int[Array, ""] | int) -> tuple[Array, Array]:
+        """The images and labels of a batch."""
+        chosen = i if self.order is None else self.order[i]
+        return self.images[chosen], self.labels[chosen]
 
 
 class Inputs(eqx.Module):
@@ -86,15 +93,17 @@ Feeds = Callable[[int, int], Iterator[tuple[Feed, int, int]]]
 """`feeds(epoch, start)`: for the steps of an epoch from `start` on, with the range in each."""
 
 
-def _resident(split: ResidentSplit, batch_size: int, key: Key[Array, ""]) -> Feeds:
-    """All examples on the device, in one feed; only their order changes."""
-    images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
+def _resident(
+    split: ResidentSplit, batch_size: int, key: Key[Array, ""], devices: Devices
+) -> Feeds:
+    """All examples on every device, in one feed; only their order changes."""
+    images, labels = devices.whole((jnp.asarray(split.images), jnp.asarray(split.labels)))
     steps = len(split) // batch_size
 
     @jax.jit
     def order(epoch):
         shuffled = jax.random.permutation(jax.random.fold_in(key, epoch), len(split))
-        return shuffled[: steps * batch_size].reshape(steps, batch_size)
+        return devices.keep_cut(shuffled[: steps * batch_size].reshape(steps, batch_size), axis=1)
 
     def feeds(epoch: int, start: int) -> Iterator[tuple[Feed, int, int]]:
         yield Feed(images, labels, order(epoch)), start, steps
@@ -102,25 +111,30 @@ def _resident(split: ResidentSplit, batch_size: int, key: Key[Array, ""]) -> Fee
     return feeds
 
 
-def _streamed(split: StreamedSplit, batch_size: int, seed: int) -> Feeds:
-    """Stacks of batches, decoded ahead of the device's work."""
+def _streamed(split: StreamedSplit, batch_size: int, seed: int, devices: Devices) -> Feeds:
+    """Stacks of batches, decoded ahead of the devices' work, by each process for its own."""
 
     def feeds(epoch: int, start: int) -> Iterator[tuple[Feed, int, int]]:
         batches = split.batches(
-            batch_size, seed=seed, epoch=epoch, start=start, drop_remainder=True
+            batch_size,
+            seed=seed,
+            epoch=epoch,
+            start=start,
+            drop_remainder=True,
+            share=devices.share,
         )
         while stack := list(itertools.islice(batches, STACK)):
             # A short stack is filled up, so that one compiled loop serves all.
             full = [*stack, *[stack[-1]] * (STACK - len(stack))]
-            images, labels = (np.concatenate(part) for part in zip(*full, strict=True))
-            order = np.arange(len(images)).reshape(STACK, batch_size)
-            feed = Feed(jnp.asarray(images), jnp.asarray(labels), jnp.asarray(order, jnp.int32))
-            yield feed, 0, len(stack)
+            parts = (np.stack(part) for part in zip(*full, strict=True))
+            yield Feed(*devices.cut(tuple(parts), axis=1)), 0, len(stack)
 
     return feeds
 
 
-def make_feeds(split: Split, batch_size: int, key: Key[Array, ""], seed: int) -> Feeds:
+def make_feeds(
+    split: Split, batch_size: int, key: Key[Array, ""], seed: int, devices: Devices = ONE
+) -> Feeds:
     """The feeds of a split.
 
     **Raises:**
@@ -132,9 +146,9 @@ def make_feeds(split: Split, batch_size: int, key: Key[Array, ""], seed: int) ->
             f"batch_size (={batch_size}) is larger than the training set of {len(split)} examples"
         )
     if isinstance(split, ResidentSplit):
-        return _resident(split, batch_size, key)
+        return _resident(split, batch_size, key, devices)
     assert isinstance(split, StreamedSplit)
-    return _streamed(split, batch_size, seed)
+    return _streamed(split, batch_size, seed, devices)
 
 
 BATCH = 500
@@ -145,35 +159,44 @@ Predict = Callable[[PyTree, Array], Array]
 
 
 def make_error(
-    predict: Predict, split: Split, limit: int | None = None
+    predict: Predict, split: Split, limit: int | None = None, *, devices: Devices = ONE
 ) -> Callable[[PyTree], float]:
     """A function of the parameters: the per cent of wrong predictions on a split.
 
-    `limit` stops after about that many examples.
+    `limit` stops after so many examples.
     """
+    size = -(-BATCH // devices.count) * devices.count
+    total = len(split) if limit is None else min(limit, len(split))
 
     @jax.jit
-    def count(params, images, labels):
-        return wrong(predict(params, images), labels)
+    def count(params, images, labels, mistakes):
+        return devices.keep_whole(mistakes + wrong(predict(params, images), labels))
 
     def error(params: PyTree) -> float:
-        mistakes, total = jnp.zeros((), jnp.int32), 0
-        for images, labels, padding in batches(split, limit):
-            # What fills up a batch has a label that is always wrong.
-            mistakes += count(params, images, labels) - padding
-            total += len(labels) - padding
-        return 100.0 * int(mistakes) / total
+        mistakes, seen = np.int32(0), 0
+        for images, labels, _ in batches(split, limit, size, devices.share):
+            mistakes = count(params, *devices.cut((images, labels)), mistakes)
+            seen += size
+        # What fills up a batch has a label that is always wrong.
+        return 100.0 * (int(mistakes) - (seen - total)) / total
 
     return error
 
 
-def batches(split: Split, limit: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Batches of `BATCH` examples in the split's order, and how many of each only fill it up.
+def batches(
+    split: Split, limit: int | None = None, size: int = BATCH, share: Share = (0, 1)
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """A share of batches in the split's order, and how many of each share only fill it up.
 
-    A short batch is filled up with black images of the label -1, so that one program serves all.
+    A short batch is filled up with black images, so that one program serves all. These have the
+    label -1, and so do images after the first `limit`.
     """
     count = len(split) if limit is None else min(limit, len(split))
-    for images, labels in itertools.islice(split.ordered(BATCH), -(-count // BATCH)):
-        missing = BATCH - len(labels)
+    mine = part_of(size, share)
+    parts = itertools.islice(split.ordered(size, share=share), -(-count // size))
+    for number, (images, labels) in enumerate(parts):
+        missing = mine.stop - mine.start - len(labels)
         images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
-        yield images, np.pad(labels, (0, missing), constant_values=-1), missing
+        labels = np.pad(labels, (0, missing), constant_values=-1)
+        labels[max(0, count - number * size - mine.start) :] = -1
+        yield images, labels, int(np.sum(labels < 0))

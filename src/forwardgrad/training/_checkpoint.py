@@ -63,6 +63,8 @@ class Checkpoints:
         # Orbax logs choices that are made for us, and a trace for every error that it raises too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         with writing(folder):
+            if not reads:
+                self._folder.mkdir(exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
@@ -70,6 +72,10 @@ class Checkpoints:
                     enable_async_checkpointing=False,
                     cleanup_tmp_directories=not reads,
                     read_only=reads,
+                    create=False,  # which Orbax wants where not all processes take part
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        primary_host=0, active_processes={0}
+                    ),
                 ),
                 item_names=("arrays", "meta"),
             )

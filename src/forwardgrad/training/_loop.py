@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import time
 from collections.abc import Iterator
 from os.path import lexists
@@ -19,7 +20,8 @@ from forwardgrad._files import writing
 from forwardgrad.results import Measurement, Summary, read_lines, save, write
 from forwardgrad.training._batches import Feed
 from forwardgrad.training._checkpoint import Checkpoints, Progressed
-from forwardgrad.training._config import TrainConfig, options_of
+from forwardgrad.training._config import TrainConfig, of_the_result, options_of
+from forwardgrad.training._devices import Devices
 from forwardgrad.training._folder import (
     CHECKPOINTS,
     CONFIG,
@@ -31,11 +33,13 @@ from forwardgrad.training._folder import (
     load_config,
     locked,
     make_folder,
+    read_run,
 )
 from forwardgrad.training._interrupt import Interrupted, StopRequest
 from forwardgrad.training._metrics import Metrics, curves
 from forwardgrad.training._progress import Progress
-from forwardgrad.training._setup import Setup
+from forwardgrad.training._setup import Setup, digest
+from forwardgrad.training._state import TrainState
 
 CHUNK_SECONDS = 1.0
 """How long the compiled loop runs before it looks at signals, the clock and the terminal."""
@@ -44,7 +48,9 @@ DRAWS = 2
 """The version of how tangents and feedback weights are drawn, which a run keeps to its end."""
 
 
-def fit(config: TrainConfig, *, console: Console | None = None) -> Run:
+def fit(
+    config: TrainConfig, *, console: Console | None = None, devices: Devices | None = None
+) -> Run:
     """Train a network, and leave everything about it in a folder.
 
     The folder gets `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`, TensorBoard
@@ -55,6 +61,8 @@ def fit(config: TrainConfig, *, console: Console | None = None) -> Run:
 
     - `config`: the settings.
     - `console`: shows a progress line, if given.
+    - `devices`: those that share the work, of one process or several, which then all call this
+        with the same settings. Default: one. Any number continues a run of any other.
 
     **Returns:**
 
@@ -65,25 +73,59 @@ def fit(config: TrainConfig, *, console: Console | None = None) -> Run:
     - `InputError` if a setting, a file or the folder cannot be used, or the loss is not finite.
     - `Interrupted` after SIGINT or SIGTERM, when a checkpoint has been written.
     """
-    folder, finished = find_folder(config)
-    with Progress(console) as progress:
-        if finished is not None:
+    devices = devices or Devices()
+    with devices.watched(), Progress(console) as progress:
+        devices.check_equal(_version_and_settings(config))
+        folder, finished = devices.first(lambda: _look(config), tuple[Path, bool])
+        if finished:
             progress.note(f"The run in {folder} is finished already.")
-            return finished
+            return _finished(config, folder, devices)
         progress.note(f"loading {config.dataset} ...")
-        setup = Setup(config)
-        with writing(folder):
-            folder = make_folder(config, folder)
-        with locked(folder):
-            # Another process may have had it while the data were read.
-            _, finished = find_folder(dataclasses.replace(config, out=folder))
-            if finished is not None:
-                return finished
-            if not lexists(folder / CONFIG):
-                write(folder / CONFIG, options_of(config))
-            with contextlib.closing(_Session(config, folder, setup, progress)) as session:
-                session.train()
-                return session.finish()
+        setup = devices.together(lambda: Setup(config, devices))
+        devices.check_equal({"the data set": digest(setup.data) if devices.processes > 1 else ""})
+        with contextlib.ExitStack() as stack:
+            folder, finished = devices.first(
+                lambda: _claim(config, folder, stack), tuple[Path, bool]
+            )
+            if finished:
+                return _finished(config, folder, devices)
+            session = stack.enter_context(
+                contextlib.closing(_Session(config, folder, setup, progress))
+            )
+            session.train()
+            return session.finish()
+
+
+def _version_and_settings(config: TrainConfig) -> dict[str, Any]:
+    """What all processes of a run have to have in common."""
+    options = {name: str(value) for name, value in of_the_result(config).items()}
+    ours = importlib.metadata.version("forwardgrad")
+    versions = {"the version of forwardgrad": ours, "the version of JAX": jax.__version__}
+    return {**versions, "the number of devices": jax.local_device_count(), **options}
+
+
+def _look(config: TrainConfig) -> tuple[Path, bool]:
+    """The folder of a run, and whether the run in it is finished."""
+    folder, finished = find_folder(config)
+    return folder, finished is not None
+
+
+def _claim(config: TrainConfig, folder: Path, stack: contextlib.ExitStack) -> tuple[Path, bool]:
+    """The folder made, and held as long as the stack; and whether the run in it is finished."""
+    with writing(folder):
+        folder = make_folder(config, folder)
+    stack.enter_context(locked(folder))
+    # Another process may have had it while the data were read.
+    _, finished = find_folder(dataclasses.replace(config, out=folder))
+    if finished is None and not lexists(folder / CONFIG):
+        write(folder / CONFIG, options_of(config))
+    return folder, finished is not None
+
+
+def _finished(config: TrainConfig, folder: Path, devices: Devices) -> Run:
+    """The finished run of a folder, which only one process may be able to read."""
+    summary = devices.first(lambda: read_run(folder)[0].result, Summary)
+    return read_run(folder)[0] if devices.leads else Run(folder, config, (), summary)
 
 
 def load_run(
@@ -134,23 +176,37 @@ _OF_THE_CONFIG = ("task", "algorithm", "network", "dataset", "seed")
 
 
 class _Session:
-    """One process's share of a run: from a checkpoint, or the start, to an end or the next."""
+    """A process's share of a run: from a checkpoint, or the start, to an end or the next.
+
+    Of several processes, each computes its part, and the first one reads and writes the folder.
+    """
 
     def __init__(self, config: TrainConfig, folder: Path, setup: Setup, progress: Progress):
         self.config, self.folder, self.setup, self.progress = config, folder, setup, progress
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS)
-        self.state, self.seconds, lines = setup.state, 0.0, ()
-        if (stored := self.checkpoints.restore(setup.state)) is not None:
-            self._check_draws(stored.progress.draws)
-            self.state, self.seconds = stored.state, stored.progress.seconds
-            lines = self._lines_before(stored.progress.lines)
-            for step, problem in stored.damaged.items():
-                progress.note(f"{problem}; continuing from an older one")
-                self.checkpoints.discard(step)
+        self.devices = setup.devices
+        self.checkpoints: Checkpoints | None = None
+        self.metrics: Metrics | None = None
+        self.state, self.stored = setup.state, setup.state
+        self.seconds, lines = self.devices.first(self._open, tuple[float, tuple[Measurement, ...]])
+        self.lines = list(lines)
+        self.state = self.devices.whole(sent(self.devices, self.stored))
         self.step = int(self.state.step)
-        self.metrics = Metrics(folder, lines)
         self.saved_at = time.monotonic()
         self.pace = CHUNK_SECONDS
+
+    def _open(self) -> tuple[float, tuple[Measurement, ...]]:
+        """Read the last checkpoint, and be ready to write; the seconds and the lines up to it."""
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS)
+        seconds, lines = 0.0, ()
+        if (found := self.checkpoints.restore(self.setup.state)) is not None:
+            self._check_draws(found.progress.draws)
+            self.stored, seconds = found.state, found.progress.seconds
+            lines = self._lines_before(found.progress.lines)
+            for step, problem in found.damaged.items():
+                self.progress.note(f"{problem}; continuing from an older one")
+                self.checkpoints.discard(step)
+        self.metrics = Metrics(self.folder, lines)
+        return seconds, lines
 
     def train(self) -> None:
         """Take the state to the last step."""
@@ -163,18 +219,27 @@ class _Session:
                 elapsed = time.monotonic() - began
                 self.seconds += elapsed
                 self.step += end - start
-                self.pace = elapsed / (end - start)
                 self._check_finite(losses, end - start)
                 self._report(losses)
-                if stop.signum is not None:
-                    self._stop(stop.signum)
-                if time.monotonic() - self.saved_at > self.config.checkpoint_every:
+                late = time.monotonic() - self.saved_at > self.config.checkpoint_every
+                # What clocks and signals say must be the same in all processes.
+                self.pace, late, signum = self.devices.most(
+                    elapsed / (end - start), late, stop.signum or 0
+                )
+                if signum:
+                    self._stop(int(signum))
+                if late:
                     self._save()
 
     def finish(self) -> Run:
         """Measure the final errors, and write the summary and the picture."""
         self._save()
-        config, lines = self.config, tuple(self.metrics.lines)
+        train_error = self.setup.train_error(self.state.params)
+        summary = self.devices.first(lambda: self._write_summary(train_error), Summary)
+        return Run(self.folder, self.config, tuple(self.lines), summary)
+
+    def _write_summary(self, train_error: float) -> Summary:
+        config, lines = self.config, tuple(self.lines)
         assert lines[-1].test_error is not None
         assert lines[-1].loss is not None
         epochs = self.step / self.setup.steps_per_epoch
@@ -184,7 +249,7 @@ class _Session:
             steps=self.step,
             parameters=self.setup.parameters,
             test_error=lines[-1].test_error,
-            train_error=self.setup.train_error(self.state.params),
+            train_error=train_error,
             train_loss=lines[-1].loss,
             seconds=self.seconds,
         )
@@ -192,12 +257,12 @@ class _Session:
         save(curves(lines, title), self.folder / CURVES)
         # Last: a run is finished when its summary is there.
         write(self.folder / SUMMARY, summary)
-        return Run(self.folder, config, lines, summary)
+        return summary
 
     def close(self) -> None:
         """Let go of the files."""
-        self.metrics.close()
-        self.checkpoints.close()
+        for held in filter(None, (self.metrics, self.checkpoints)):
+            held.close()
 
     def _check_draws(self, draws: int) -> None:
         if draws != DRAWS:
@@ -285,7 +350,8 @@ class _Session:
     def _add(self, event: str, **fields: Any) -> None:
         epoch = self.step / self.setup.steps_per_epoch
         place = {"epoch": epoch, "step": self.step, "seconds": self.seconds}
-        self.metrics.add(Measurement(event=event, **place, **fields))
+        self.lines.append(line := Measurement(event=event, **place, **fields))
+        self.devices.first(lambda: self.metrics and self.metrics.add(line))
 
     def _stop(self, signum: int) -> None:
         self._save()
@@ -298,6 +364,24 @@ class _Session:
     def _save(self) -> None:
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.state.params)):
             raise self._diverged(f"the parameters are not finite after step {self.step}")
-        lines = len(self.metrics.lines)
-        self.checkpoints.save(self.state, Progressed(DRAWS, self.seconds, lines))
+        self.devices.first(self._store)
         self.saved_at = time.monotonic()
+
+    def _store(self) -> None:
+        assert self.checkpoints is not None
+        progress = Progressed(DRAWS, self.seconds, len(self.lines))
+        self.checkpoints.save(self.state, progress)
+
+
+def sent(devices: Devices, state: TrainState) -> TrainState:
+    """The state that the first process has."""
+    if devices.processes == 1:
+        return state
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, state))
+    data = devices.sent(b"".join(leaf.tobytes() for leaf in leaves))
+    ends = np.cumsum([leaf.nbytes for leaf in leaves])[:-1]
+    parts = np.split(np.frombuffer(data, np.uint8), ends)
+    arrays = [
+        part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, arrays)

@@ -30,20 +30,20 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, lines: Iterable[Measurement]):
-        self._path, self.lines = folder / METRICS, list(lines)
-        write_text(self._path, "".join(map(as_line, self.lines)))
+        self._path = folder / METRICS
+        lines = list(lines)
+        write_text(self._path, "".join(map(as_line, lines)))
         with writing(folder):
             # Not SummaryWriter: on a full disk its thread dies, and the next lines wait for it.
             self._board = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
             self._record(file_version="brain.Event:2")
-            if self.lines:
+            if lines:
                 # What an interrupted process wrote of later steps is not to be shown.
-                step = self.lines[-1].step + 1
+                step = lines[-1].step + 1
                 self._record(step=step, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, line: Measurement) -> None:
         """Add a line, wholly or not at all."""
-        self.lines.append(line)
         with writing(self._path), self._path.open("ab", buffering=0) as file:
             end = file.tell()
             try:

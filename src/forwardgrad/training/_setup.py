@@ -1,20 +1,23 @@
 """A run made ready: data, network, objective, estimator and optimiser put together."""
 
+import hashlib
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
 from forwardgrad._errors import MOST, InputError
 from forwardgrad._losses import Losses
-from forwardgrad.data import Dataset, load
+from forwardgrad.data import Dataset, ResidentSplit, load
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.networks import AbstractNetwork, build
 from forwardgrad.training._batches import make_error, make_feeds, make_inputs
 from forwardgrad.training._config import TrainConfig
+from forwardgrad.training._devices import ONE, Devices
 from forwardgrad.training._state import Loss, initial_state, make_advance, slow_in_loops
 
 SCALE = 256
@@ -84,10 +87,12 @@ class Setup:
 
     Every random number derives from the seed: the weights from one key, the order of an epoch
     from a second and the epoch's number, the tangents of a step from a third and its number, and
-    its images' augmentation from a fourth.
+    its images' augmentation from a fourth. None depends on how many `devices` there are.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, devices: Devices = ONE):
+        self.devices = devices
+        _check_divides(config, devices)
         seed = jax.random.key(config.seed)
         weights_key, order_key, step_key = jax.random.split(seed, 3)
         self.data = load(config.dataset, config.data_dir, label_column=config.label_column)
@@ -96,7 +101,7 @@ class Setup:
         self.objective, self.estimator = config.objective, config.estimator
         self.inputs = make_inputs(config, self.data)
 
-        self.feeds = make_feeds(self.data.train, config.batch_size, order_key, config.seed)
+        self.feeds = make_feeds(self.data.train, config.batch_size, order_key, config.seed, devices)
         self.steps_per_epoch = len(self.data.train) // config.batch_size
         self.examples_per_step = config.batch_size * self.inputs.views
         self.keys = (jax.random.fold_in(seed, 0), step_key)
@@ -107,7 +112,7 @@ class Setup:
             )
         self.learning_rate = schedule(config, self.steps)
         transformation = optimiser(config, self.steps)
-        self.state = initial_state(params, transformation, self.steps_per_epoch)
+        self.state = devices.whole(initial_state(params, transformation, self.steps_per_epoch))
         self.advance = make_advance(
             self.loss,
             self.inputs,
@@ -116,9 +121,12 @@ class Setup:
             self.keys,
             parts=config.accumulate,
             compiled_loop=not slow_in_loops(self._on_batch, params, step_key),
+            devices=devices,
         )
-        self.test_error = make_error(self.predict, self.data.test)
-        self.train_error = make_error(self.predict, self.data.train, TRAIN_ERROR_EXAMPLES)
+        self.test_error = make_error(self.predict, self.data.test, devices=devices)
+        self.train_error = make_error(
+            self.predict, self.data.train, TRAIN_ERROR_EXAMPLES, devices=devices
+        )
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
 
     def network(self, params: PyTree) -> AbstractNetwork:
@@ -137,6 +145,16 @@ class Setup:
         """The loss of a batch of two black images."""
         images = jnp.zeros((2, *self.data.image_shape), jnp.uint8)
         return self.loss(params, *self.inputs.training(images, jnp.zeros(2, jnp.int32), key))
+
+
+def _check_divides(config: TrainConfig, devices: Devices) -> None:
+    parts = config.batch_size // config.accumulate
+    if parts % devices.count:
+        of_part = "" if config.accumulate == 1 else f" / accumulate (={config.accumulate})"
+        raise InputError(
+            f"batch_size (={config.batch_size}){of_part} must be a multiple of the number of "
+            f"devices, which is {devices.count}: choose another, or fewer devices with --devices"
+        )
 
 
 def build_network(config: TrainConfig, data: Dataset, key: Array) -> AbstractNetwork:
@@ -197,12 +215,11 @@ def problem(config: TrainConfig, network: eqx.Module | None = None) -> Problem:
     """
     setup = Setup(config)
     feed, start, _ = next(setup.feeds(0, 0))
-    chosen = feed.order[start]
     params = setup.state.params
     if network is not None:
         params = _fitting(eqx.filter(network, eqx.is_inexact_array), params, config)
     key = jax.random.fold_in(setup.keys[0], 0)
-    batch = setup.inputs.training(feed.images[chosen], feed.labels[chosen], key)
+    batch = setup.inputs.training(*feed.batch(start), key)
     return Problem(setup.loss, params, batch, setup.estimator)
 
 
@@ -216,3 +233,23 @@ def _fitting(params: PyTree, like: PyTree, config: TrainConfig) -> PyTree:
             f"algorithm {config.algorithm!r}: heads of local losses, or other sizes"
         )
     return params
+
+
+DIGEST_EXAMPLES = 256
+"""How many examples of a streamed split stand for all."""
+
+
+def digest(data: Dataset) -> str:
+    """A number of a data set's contents: all of a split in memory, a sample of one on disk."""
+    found = hashlib.blake2b(digest_size=8)
+    found.update(repr((data.image_shape, data.classes, data.mean.tolist())).encode())
+    for split in (data.train, data.test):
+        found.update(str(len(split)).encode())
+        if isinstance(split, ResidentSplit):
+            images, labels = split.images, split.labels
+        else:
+            rows = np.linspace(0, len(split) - 1, DIGEST_EXAMPLES).astype(np.int64)
+            images, labels = split.take(np.unique(rows))
+        found.update(np.ascontiguousarray(images).data)
+        found.update(np.ascontiguousarray(labels).data)
+    return found.hexdigest()

@@ -14,6 +14,7 @@ from forwardgrad._losses import Losses
 from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.training._batches import Feed, Inputs
+from forwardgrad.training._devices import ONE, Devices
 
 
 class TrainState(eqx.Module):
@@ -56,6 +57,7 @@ def make_advance(
     *,
     parts: int = 1,
     compiled_loop: bool = True,
+    devices: Devices = ONE,
 ) -> Advance:
     """The loop over steps, compiled as a whole, or step by step.
 
@@ -69,6 +71,7 @@ def make_advance(
     - `keys`: for the inputs and for the estimator.
     - `parts`: into how many a batch is cut, for the memory of one.
     - `compiled_loop`: whether the loop is part of the program.
+    - `devices`: where the state is whole, and a batch is cut.
     """
     gradient = value_and_grad(loss, estimator, has_aux=True)
 
@@ -78,26 +81,29 @@ def make_advance(
         )
         return value, aux["errors"], grads
 
-    of_batch = _in_parts(of_part, parts, unroll=not compiled_loop) if parts > 1 else of_part
+    of_batch: Callable = of_part
+    if parts > 1:
+        of_batch = _in_parts(of_part, parts, devices, unroll=not compiled_loop)
 
     def step(i: Array, state: TrainState, feed: Feed) -> TrainState:
-        batch = feed.order[i]
+        batch = devices.keep_cut(feed.batch(i))
         own = [jax.random.fold_in(key, state.step) for key in keys]
-        value, errors, grads = of_batch(state.params, feed.images[batch], feed.labels[batch], own)
+        value, errors, grads = of_batch(state.params, *batch, own)
         updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
         position = state.step % state.losses.size
-        return TrainState(
+        after = TrainState(
             params=optax.apply_updates(state.params, updates),
             optimiser=optimiser_state,
             step=state.step + 1,
             losses=state.losses.at[position].set(value),
             errors=state.errors.at[position].set(errors),
         )
+        return devices.keep_whole(after)
 
     return _compiled_loop(step) if compiled_loop else _step_by_step(step)
 
 
-def _in_parts(of_part: Callable, parts: int, *, unroll: bool) -> Callable:
+def _in_parts(of_part: Callable, parts: int, devices: Devices, *, unroll: bool) -> Callable:
     """Loss, errors and gradient of a batch, a mean over examples, from those of its parts."""
 
     def of_batch(params: PyTree, images: Array, labels: Array, keys: Sequence[Array]):
@@ -107,6 +113,7 @@ def _in_parts(of_part: Callable, parts: int, *, unroll: bool) -> Callable:
             return jax.tree.map(jnp.add, total, of_part(params, images, labels, own)), None
 
         cut = [a.reshape(parts, -1, *a.shape[1:]) for a in (images, labels)]
+        cut = devices.keep_cut(cut, axis=1)
         like = jax.eval_shape(of_part, params, *[a[0] for a in cut], keys)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
         (value, errors, grads), _ = jax.lax.scan(
