@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -22,6 +23,7 @@ from forwardgrad.training import (
     Interrupted,
     TrainConfig,
     _batches,
+    _checkpoint,
     _folder,
     _loop,
     _setup,
@@ -355,9 +357,9 @@ def truncate(folder: Path):
         os.truncate(file, file.stat().st_size // 2)
 
 
-def change(folder: Path):
+def change(folder: Path, only: str = ""):
     """Change a byte of what the largest file holds."""
-    file = max(_files(folder), key=lambda f: f.stat().st_size)
+    file = max((f for f in _files(folder) if only in f.name), key=lambda f: f.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0xFF
     file.write_bytes(bytes(content))
@@ -439,6 +441,38 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     found = [int(f.name) for f in checkpoints(tmp_path / "run")]
     assert len(found) == 2
     assert found[-1] == 3 * STEPS
+
+
+def test_more_checkpoints_are_kept_on_demand(tmp_path):
+    fit(small(tmp_path / "run", checkpoint_every=1e-6, keep_checkpoints=4))
+    assert len(checkpoints(tmp_path / "run")) == 4
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(halfway, whole, monkeypatch):
+    """In Orbax's thread: the run says it, and the checkpoints before are as they were."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_checkpoint, "_digests", full)
+        patch.setattr(Checkpoints, "_check", lambda *_: None)
+        with fails("cannot write .*checkpoints: the disk is full"):
+            fit(small(halfway, resume=True, checkpoint_every=1e-6))
+    finish(halfway)
+    assert bits(halfway) == bits(whole)
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "commit_success.txt"])
+def test_a_file_of_a_checkpoint_that_is_not_needed(halfway, whole, name):
+    """It has no digest, for Orbax writes it after all others."""
+    newest = checkpoints(halfway)[-1]
+    if any(f.name == name for f in _files(newest)):
+        change(newest, only=name)
+    else:
+        (newest / name).unlink(missing_ok=True)
+    assert "is damaged" not in " ".join(finish(halfway))
+    assert bits(halfway) == bits(whole)
 
 
 # Loading

@@ -19,10 +19,10 @@ from forwardgrad._files import writing
 from forwardgrad.results import read, write
 from forwardgrad.training._state import TrainState
 
-KEEP = 2
-"""Checkpoints of a run that are kept: the last, and one in case it gets damaged."""
-
 DIGESTS = "digests.json"
+
+LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""Files that Orbax writes when all others are there; it needs neither to read a checkpoint."""
 
 SPARE = 2**18
 """Bytes beside the arrays that must be free for a checkpoint: its index, and whole blocks."""
@@ -51,11 +51,13 @@ class Checkpoints:
     **Arguments:**
 
     - `folder`: where they are, or will be.
+    - `keep`: how many of the last are kept.
     - `reads`: only; another process may be writing.
     """
 
-    def __init__(self, folder: Path, *, reads: bool = False):
+    def __init__(self, folder: Path, *, keep: int = 1, reads: bool = False):
         self._folder = folder.absolute()
+        self._saving: int | None = None
         for path in folder.rglob("*"):
             # Orbax would wait for a pipe.
             if not (path.is_file() or path.is_dir()):
@@ -68,8 +70,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=KEEP,
-                    enable_async_checkpointing=False,
+                    max_to_keep=keep,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
                     cleanup_tmp_directories=not reads,
                     read_only=reads,
                     create=False,  # which Orbax wants where not all processes take part
@@ -81,21 +83,35 @@ class Checkpoints:
             )
 
     def save(self, state: TrainState, progress: Progressed) -> None:
-        """Store a state and what belongs to it, if that step is not stored yet."""
+        """Store a state and what belongs to it, if that step is not stored yet.
+
+        A copy is written while the training goes on; `settle` waits for it. What went wrong with
+        one is raised by the next call of either.
+        """
+        self.settle()
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        arrays = named_arrays(state)
+        # Copies: the next step overwrites what it is given.
+        arrays = {name: array.copy() for name, array in named_arrays(state).items()}
         with writing(self._folder):
             self._check_space(sum(array.nbytes for array in arrays.values()))
+            self._saving = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(vars(progress))
                 ),
             )
+
+    def settle(self) -> None:
+        """Wait until what was to be saved is."""
+        with writing(self._folder):
             self._manager.wait_until_finished()
-        where = self._folder / str(step)
+
+    def _seal(self) -> None:
+        """Add the digests, in Orbax's thread, when all is written and has not its name yet."""
+        (where,) = self._folder.glob(f"{self._saving}.*tmp*")
         write(where / DIGESTS, _digests(where))
 
     def restore(self, like: TrainState) -> Restored | None:
@@ -125,7 +141,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let go of the folder."""
-        self._manager.close()
+        with writing(self._folder):
+            self._manager.close()
 
     def _check_space(self, size: int) -> None:
         # Where the disk fills up under Orbax, its threads print traces that nobody can catch.
@@ -135,9 +152,12 @@ class Checkpoints:
     def _check(self, where: Path) -> None:
         """Raise an `InputError` for a damaged checkpoint: Orbax's threads would print traces."""
         if not (where / DIGESTS).exists():
-            return  # the process ended before it wrote them, and after the checkpoint was whole
+            return  # earlier versions wrote them last, and may have ended before
         try:
-            intact = _digests(where) == read(where / DIGESTS, dict[str, str])
+            stored = read(where / DIGESTS, dict[str, str])
+            intact = _digests(where).items() == {
+                (name, value) for name, value in stored.items() if Path(name).name not in LATER
+            }
         except (InputError, OSError) as error:
             raise InputError(f"checkpoint {where} is damaged: it cannot be read") from error
         if not intact:
@@ -178,5 +198,5 @@ def _digests(folder: Path) -> dict[str, str]:
     return {
         file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != DIGESTS
+        if file.is_file() and file.name not in (DIGESTS, *LATER)
     }

@@ -162,6 +162,8 @@ class TrainConfig(Settings):
     """Steps between further lines in metrics.jsonl; default: one line an epoch only."""
     checkpoint_every: Positive = 30.0
     """Seconds between checkpoints."""
+    keep_checkpoints: Count = 2
+    """Checkpoints that are kept: the last, and others in case it gets damaged."""
 
     augmentation: AugmentationSettings
     sizes: NetworkSettings
@@ -245,7 +247,7 @@ def checked(name: str, kind: Any, value: Any) -> Any:
         raise InputError(f"{name} must be {wanted}, got {value!r}") from error
 
 
-NOT_OF_THE_RESULT = ("out", "data_dir", "resume", "checkpoint_every")
+NOT_OF_THE_RESULT = ("out", "data_dir", "resume", "checkpoint_every", "keep_checkpoints")
 """Settings that may differ between a run and its continuation."""
 
 

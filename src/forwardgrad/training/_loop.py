@@ -196,7 +196,7 @@ class _Session:
 
     def _open(self) -> tuple[float, tuple[Measurement, ...]]:
         """Read the last checkpoint, and be ready to write; the seconds and the lines up to it."""
-        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS)
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, keep=self.config.keep_checkpoints)
         seconds, lines = 0.0, ()
         if (found := self.checkpoints.restore(self.setup.state)) is not None:
             self._check_draws(found.progress.draws)
@@ -233,7 +233,7 @@ class _Session:
 
     def finish(self) -> Run:
         """Measure the final errors, and write the summary and the picture."""
-        self._save()
+        self._save(wait=True)
         train_error = self.setup.train_error(self.state.params)
         summary = self.devices.first(lambda: self._write_summary(train_error), Summary)
         return Run(self.folder, self.config, tuple(self.lines), summary)
@@ -354,23 +354,25 @@ class _Session:
         self.devices.first(lambda: self.metrics and self.metrics.add(line))
 
     def _stop(self, signum: int) -> None:
-        self._save()
+        self._save(wait=True)
         raise Interrupted(
             f"stopped at step {self.step} of {self.setup.steps}; the checkpoint is in "
             f"{self.folder / CHECKPOINTS}, and --resume --out {self.folder} continues the run",
             signum,
         )
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.state.params)):
             raise self._diverged(f"the parameters are not finite after step {self.step}")
-        self.devices.first(self._store)
+        self.devices.first(lambda: self._store(wait))
         self.saved_at = time.monotonic()
 
-    def _store(self) -> None:
+    def _store(self, wait: bool) -> None:
         assert self.checkpoints is not None
         progress = Progressed(DRAWS, self.seconds, len(self.lines))
         self.checkpoints.save(self.state, progress)
+        if wait:
+            self.checkpoints.settle()
 
 
 def sent(devices: Devices, state: TrainState) -> TrainState:
