@@ -1,12 +1,18 @@
 """Training on several devices and in several processes."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import faults
+from forwardgrad.cli import main
 
 SCRIPT = Path(__file__).with_name("processes.py")
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -56,3 +62,63 @@ def test_several_processes_are_as_good_as_one(tmp_path, count):
     processes = [start(SCRIPT, tmp_path, where, str(count), str(i)) for i in range(count)]
     for code, said in done(*processes):
         assert not code, said
+
+
+@pytest.mark.slow
+def test_random_kills_of_one_process_of_two(tmp_path, monkeypatch):
+    """A short form of the benchmark: the other ends with a sentence, and the run goes on."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    run = faults.Run(tmp_path / "run", 2, 150)
+    for victim in (1, 0):
+        fault, problem = faults.hit(run, victim, signal.SIGKILL, 0.1)
+        assert fault != "ended before"
+        assert not problem or problem.startswith("JAX's own message")
+    run.finish()
+    whole = faults.Run(tmp_path / "whole", 2, 150)
+    whole.finish()
+    assert run.bits() == whole.bits()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ("--coordinator here --processes 2 --process-id 0", "coordinator must be auto or a host"),
+        ("--coordinator here:99999 --processes 2 --process-id 0", "coordinator must be auto or"),
+        ("--coordinator here:9 --processes 2 --process-id 2", "process_id must be from 0 to 1"),
+        ("--coordinator here:9 --processes 2", "needs the number of processes and a process_id"),
+        ("--processes 2", "processes (=2) needs a coordinator as host:port, got None"),
+        ("--coordinator auto --process-id 1", "process_id (=1) needs a coordinator as host:port"),
+        ("--devices 0", "devices must be at least 1, got 0"),
+        ("--devices 99", "devices must be at most"),
+        ("--join-seconds 0", "join_seconds must be"),
+        ("--coordinator no.such.host.invalid:9 --processes 2 --process-id 1", "cannot be used"),
+    ],
+)
+def test_options_that_cannot_be_used(capsys, tmp_path, monkeypatch, options, match):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *options.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert match in said
+    assert said.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_not_there():
+    """Nor are there others, where this is process 0."""
+    words = [
+        "-m",
+        "forwardgrad",
+        "train",
+        "--processes",
+        "2",
+        "--join-seconds",
+        "3",
+        "--coordinator",
+    ]
+    processes = [start(*words, address(), "--process-id", str(i)) for i in (0, 1)]
+    for code, said in done(*processes):
+        assert code == 2, said
+        assert "error: the processes did not find each other in 3 seconds: all 2 must run" in said
+        assert "Traceback" not in said
