@@ -15,7 +15,10 @@ from forwardgrad._explain import Explanation as Explanation
 from forwardgrad._explain import explain as explain
 from forwardgrad._filter_value_and_grad import filter_value_and_grad as filter_value_and_grad
 from forwardgrad._greedy import greedy as greedy
+from forwardgrad._greedy_stages import greedy_stages as greedy_stages
 from forwardgrad._losses import Losses as Losses
+from forwardgrad._pipeline import BlockPipeline as BlockPipeline
+from forwardgrad._pipeline import PipelineState as PipelineState
 from forwardgrad._replay import ReplayLog as ReplayLog
 from forwardgrad._replay import replay as replay
 from forwardgrad._scalars import apply_scalars as apply_scalars
@@ -44,6 +47,7 @@ __all__ = [
     "AbstractStatefulEstimator",
     "ActivityPerturbation",
     "Backpropagation",
+    "BlockPipeline",
     "Diagnosis",
     "DiagnosisRow",
     "DirectFeedbackAlignment",
@@ -54,6 +58,7 @@ __all__ = [
     "InputError",
     "Losses",
     "NodePerturbation",
+    "PipelineState",
     "ReplayLog",
     "Scalars",
     "WeightPerturbation",
@@ -66,6 +71,7 @@ __all__ = [
     "explain",
     "filter_value_and_grad",
     "greedy",
+    "greedy_stages",
     "replay",
     "value_and_grad",
 ]

@@ -1,7 +1,14 @@
 """A loss for every block."""
 
-import jax
+from typing import Any
 
+import equinox as eqx
+import jax
+from jaxtyping import Array
+
+from forwardgrad._errors import InputError
+from forwardgrad._greedy_stages import grouped
+from forwardgrad._losses import Losses
 from forwardgrad.networks import AbstractNetwork, copy_axes
 from forwardgrad.networks._base import Images
 from forwardgrad.objectives._base import AbstractObjective, Outcome, heads_of, with_classifier
@@ -55,17 +62,70 @@ class LocalLoss(AbstractObjective):
 
     def __call__(self, network: AbstractNetwork, images: Images, labels: Labels) -> Outcome:
         """The losses, block by block and the classifier's last, and the wrong predictions."""
-        heads = heads_of(network, "local losses need")
-        stop = jax.lax.stop_gradient if self.greedy and self.blockwise else lambda x: x
-        x, terms, axes = network.embed(images), [], []
-        for i, (block, head) in enumerate(zip(network.blocks, heads, strict=True)):
-            x = block(stop(x))
-            if self.blockwise or i == len(network.blocks) - 1:
-                group, patch = copy_axes(i)
-                terms.append(self._replicated(network, x, head, labels))
-                axes.append((group, "example", patch))
+        heads_of(network, "local losses need")
+        x, terms, axes = self._through(network, network.embed(images), labels)
         detached = self.greedy or not self.task.uses_labels
         return with_classifier(network, x, labels, terms, axes, detached=detached)
+
+    def stages(self, network: AbstractNetwork, count: int) -> tuple[list[Any], list[Any]]:
+        """A network's blocks in groups, for a [`forwardgrad.BlockPipeline`][].
+
+        The first stage takes images, and the last one has the classifier. Its output is what the
+        objective returns beside the losses, `{"errors": the number of wrong predictions}`.
+
+        **Arguments:**
+
+        - `network`: with blocks that have heads.
+        - `count`: the number of stages. They have equally many blocks, or the first ones have one
+            more.
+
+        **Returns:**
+
+        `(stages, params)`: functions `stage(params, x, labels) -> (losses, output)`, and for each
+        its parameters, the network with these blocks alone.
+
+        **Raises:**
+
+        `InputError` if gradients pass from one block to another, the stages are more than the
+        blocks, or the network has no blocks or no heads for them.
+
+        >>> import forwardgrad as fg, jax.numpy as jnp, optax
+        >>> from forwardgrad.networks import LocalMixer, Size
+        >>> network = LocalMixer((8, 8, 1), Size(32, 2, 4, 3), 10, key=jax.random.key(0))
+        >>> stages, params = LocalLoss().stages(network, 3)
+        >>> devices = jax.devices()[:1] * 3
+        >>> pipeline = fg.BlockPipeline(stages, fg.ActivityPerturbation(), optax.sgd(0.1), devices)
+        >>> images, labels = jnp.ones((5, 8, 8, 1)), jnp.arange(5)
+        >>> state = pipeline.init(params, images, labels)
+        >>> values, output, state = pipeline.step(state, images, labels, key=jax.random.key(1))
+        >>> print(len(values), output["errors"])
+        3 4
+        """
+        heads = heads_of(network, "local losses need")
+        if not (self.greedy and self.blockwise):
+            raise InputError(
+                "a pipeline needs a loss at every block and no gradients between blocks, got "
+                f"greedy={self.greedy} and blockwise={self.blockwise}"
+            )
+        total, stages, parts = len(network.blocks), [], []
+        for own in grouped(total, count):
+            last = own.stop == total
+            part = (network.blocks[own], heads[own], network.classifier if last else None)
+            parts.append(eqx.tree_at(_trained, network, part))
+            stages.append(_Stage(self, own.start, last))
+        return stages, parts
+
+    def _through(self, network, x, labels, first=0):
+        """The output of a network's blocks, their losses and the names of these losses' axes."""
+        stop = jax.lax.stop_gradient if self.greedy and self.blockwise else lambda x: x
+        terms, axes = [], []
+        for i, (block, head) in enumerate(zip(network.blocks, network.heads, strict=True)):
+            x = block(stop(x))
+            if self.blockwise or i == len(network.blocks) - 1:
+                group, patch = copy_axes(first + i)
+                terms.append(self._replicated(network, x, head, labels))
+                axes.append((group, "example", patch))
+        return x, terms, axes
 
     def _replicated(self, network, x, head, labels):
         features = network.features(x)
@@ -73,3 +133,22 @@ class LocalLoss(AbstractObjective):
         patches = features.shape[2] if self.patchwise else 1
         copies = (groups, patches, features, head.weight, head.bias)
         return replicated_loss(self.task, *copies, labels)
+
+
+def _trained(network: AbstractNetwork) -> tuple[Any, Any, Any]:
+    return network.blocks, network.heads, network.classifier
+
+
+class _Stage(eqx.Module):
+    """A stage of a pipeline: the blocks of a network from number `first` on."""
+
+    objective: LocalLoss
+    first: int = eqx.field(static=True)
+    last: bool = eqx.field(static=True)
+
+    def __call__(self, network: AbstractNetwork, x: Array, labels: Labels) -> tuple[Losses, Any]:
+        x = x if self.first else network.embed(x)
+        x, terms, axes = self.objective._through(network, x, labels, self.first)
+        if self.last:
+            return with_classifier(network, x, labels, terms, axes, detached=True)
+        return Losses(terms, axes), x
