@@ -42,8 +42,8 @@ def run(
     compare: Callable[[Any, int], Any] | None = None,
     table: Callable[[str, Any], Any] | None = None,
     **header: Any,
-) -> None:
-    """Measure, print and store every model that is wanted.
+) -> dict[str, Any]:
+    """Measure, print, store and return the results of every model that is wanted.
 
     A benchmark of something other than steps brings its own `compare` and `table`.
     """
@@ -59,6 +59,7 @@ def run(
         if options.out is not None:
             origin = {"benchmark": benchmark, "repeats": options.repeats, **header, **provenance()}
             write(options.out, {**origin, "results": results})
+    return results
 
 
 def compare_steps(steps: Steps, repeats: int) -> dict[str, dict[str, float]]:

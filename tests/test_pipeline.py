@@ -1,6 +1,8 @@
 """Stages on devices of their own learn what they learn one after another on one."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,36 @@ def test_devices_do_not_matter(names):
         text=True,
     )
     assert not done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_example_trains_and_ends_with_equal_weights():
+    done = subprocess.run(
+        [
+            sys.executable,
+            Path(__file__).parents[1] / "examples" / "side_by_side.py",
+            "--steps",
+            "150",
+        ],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr
+    found = re.findall(r"test error ([\d.]+) %, weights (\w+)", done.stdout)
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert float(found[0][0]) < 50  # 90 by chance
+
+
+def test_schedule_of_the_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    pipeline = importlib.import_module("pipeline")
+    for stages, micro_batches in ((1, 5), (4, 1), (4, 10), (8, 32)):
+        ideal = micro_batches / (micro_batches + stages - 1)
+        assert pipeline.utilisation([0.5] * stages, micro_batches) == pytest.approx(ideal)
+    # The second stage is the slowest: it starts after 1 and does three steps of 2.
+    assert pipeline.makespan([1.0, 2.0, 1.0], 3) == 1 + 3 * 2 + 1
 
 
 def test_exact_stages_are_the_whole_network():

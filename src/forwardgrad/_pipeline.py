@@ -26,7 +26,7 @@ Stage: TypeAlias = Callable[..., tuple[Any, Any]]
 """`stage(params, x, *targets) -> (losses, output)`: some blocks, their losses, and the output."""
 
 
-class _Own(NamedTuple):
+class Own(NamedTuple):
     """What a stage has on its device: weights, and what optimiser and estimator remember."""
 
     params: PyTree
@@ -195,7 +195,7 @@ class BlockPipeline:
         assert self.devices is not None
         return list(zip(self.stages, self.devices, strict=True))
 
-    def _owned(self, state: PipelineState, signature: Any) -> list[_Own]:
+    def _owned(self, state: PipelineState, signature: Any) -> list[Own]:
         """Each stage's part of a state that fits the pipeline and the micro-batch."""
         if len(state.params) != len(self.stages):
             raise InputError(
@@ -209,7 +209,7 @@ class BlockPipeline:
         leaves = jax.tree.leaves((state.params, state.optimiser, state.estimator))
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
             raise InputError("state was used up by an earlier step; use the state that it returned")
-        return list(map(_Own, state.params, state.optimiser, state.estimator))
+        return list(map(Own, state.params, state.optimiser, state.estimator))
 
 
 def _divided(
@@ -225,26 +225,26 @@ def _divided(
 
 
 @eqx.filter_jit
-def _begin(given: tuple) -> tuple[_Own, Any]:
+def _begin(given: tuple) -> tuple[Own, Any]:
     """What a stage begins with, and its output for the first micro-batch."""
     stage, estimator, optimiser, x, targets, params = given
     arrays, (init, _) = _divided(stage, params, estimator)
-    own = _Own(params, optimiser.init(arrays), init(arrays, x, *targets))
+    own = Own(params, optimiser.init(arrays), init(arrays, x, *targets))
     return own, stage(params, x, *targets)[1]
 
 
 @functools.partial(eqx.filter_jit, donate="all-except-first")
-def advance(given: tuple, own: _Own) -> tuple[_Own, Float[Array, ""], Any]:
+def advance(given: tuple, own: Own) -> tuple[Own, Float[Array, ""], Any]:
     """One step of a stage on one micro-batch: its next weights, its losses and its output."""
     stage, estimator, optimiser, key, number, x, targets = given
     arrays, (_, step) = _divided(stage, own.params, estimator)
     key = None if key is None else jax.random.fold_in(key, number)
     (value, output), grads, remembered = step(arrays, x, *targets, key=key, state=own.estimator)
     updates, memory = optimiser.update(grads, own.optimiser, arrays)
-    return _Own(eqx.apply_updates(own.params, updates), memory, remembered), value, output
+    return Own(eqx.apply_updates(own.params, updates), memory, remembered), value, output
 
 
-def _state(owns: Sequence[_Own], batch: Any) -> PipelineState:
+def _state(owns: Sequence[Own], batch: Any) -> PipelineState:
     params, optimiser, estimator = map(tuple, zip(*owns, strict=True))
     return PipelineState(params, optimiser, estimator, batch)
 
