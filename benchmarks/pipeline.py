@@ -32,7 +32,7 @@ from rich.table import Table
 
 import forwardgrad as fg
 import measure
-from forwardgrad._pipeline import Own, advance
+from forwardgrad._pipeline import Own, advance, arguments
 from forwardgrad.experiments import interleave
 from forwardgrad.networks import LocalMixer, Size
 from forwardgrad.objectives import LocalLoss
@@ -128,14 +128,15 @@ def alone(problem: Problem, count: int, repeats: int) -> tuple[list[float], list
         pipeline = fg.BlockPipeline([stage], ESTIMATOR, OPTIMISER, jax.devices()[:1])
         state = pipeline.init([own], x, *targets)
         given = (stage, ESTIMATOR, OPTIMISER, key, np.int32(i), x, targets)
-        holder = [Own(state.params[0], state.optimiser[0], state.estimator[0])]
-        program = advance.lower(given, holder[0]).compile()
-        flops.append(program.compiled.cost_analysis()["flops"])
+        own = Own(state.params[0], state.optimiser[0], state.estimator[0])
+        given, *holder, static = arguments(given, own)
+        program = advance.lower(given, holder[0], static).compile()
+        flops.append(program.cost_analysis()["flops"])
 
         def call(program=program, given=given, holder=holder):
             began = time.process_time()
             holder[0], value, output = program(given, holder[0])
-            jax.block_until_ready((eqx.filter(holder[0].params, eqx.is_array), value, output))
+            jax.block_until_ready((holder[0], value, output))
             return output, time.process_time() - began
 
         calls.append(call)
@@ -144,24 +145,32 @@ def alone(problem: Problem, count: int, repeats: int) -> tuple[list[float], list
     return [median(times) for times in zip(*seconds, strict=True)], flops
 
 
-def together(problem: Problem, counts: Sequence[int], repeats: int) -> dict[str, float]:
-    """Seconds that a run of the pipeline takes with so many stages, each on a device of its own."""
+def together(
+    problem: Problem, counts: Sequence[int], repeats: int
+) -> dict[int, tuple[float, float]]:
+    """Seconds of a run with so many stages, each on a device of its own, and of handing out a step.
+
+    The latter are the controller's, for one stage and micro-batch.
+    """
+    handing: dict[int, list[float]] = {count: [] for count in counts}
 
     def run_of(count):
         stages, params = problem.make(count)
         pipeline = fg.BlockPipeline(stages, ESTIMATOR, OPTIMISER)
         holder = [pipeline.init(params, *problem.batch)]
-        keys = jax.random.split(jax.random.key(SEED), RUN)
+        keys = list(jax.random.split(jax.random.key(SEED), RUN))
 
         def run():
+            began = time.thread_time()
             for key in keys:
                 _, _, holder[0] = pipeline.step(holder[0], *problem.batch, key=key)
+            handing[count].append((time.thread_time() - began) / (RUN * count))
             jax.block_until_ready(eqx.filter(holder[0].params, eqx.is_array))
 
         return run
 
     seconds = interleave({str(count): run_of(count) for count in counts}, repeats)
-    return {count: min(times) for count, times in seconds.items()}
+    return {count: (min(seconds[str(count)]), median(handing[count])) for count in counts}
 
 
 def compare(problem: Problem, repeats: int) -> dict[str, Any]:
@@ -178,9 +187,11 @@ def compare(problem: Problem, repeats: int) -> dict[str, Any]:
             "by_seconds": {str(m): utilisation(seconds, m) for m in MICRO_BATCHES},
             "by_flops": {str(m): utilisation(flops, m) for m in MICRO_BATCHES},
         }
-        if str(count) in took:
-            share = took["1"] / (count * took[str(count)])
-            rows[str(count)] |= {"run_seconds": took[str(count)], "measured": share}
+        if count in took:
+            taken, handing = took[count]
+            share = took[1][0] / (count * taken)
+            measured = {"run_seconds": taken, "handing_seconds": handing, "measured": share}
+            rows[str(count)] |= measured
     return rows
 
 

@@ -138,6 +138,22 @@ def test_parameters_stay_the_callers_own():
         pipeline.step(state, X, Y)
 
 
+def test_nothing_is_waited_for():
+    """A step returns while its first stage still computes."""
+
+    def slow(params, x, y):
+        busy = jax.lax.fori_loop(0, 300, lambda _, m: jnp.cos(m @ m), jnp.full((256, 256), x[0, 0]))
+        losses, x = linear(params, x, y)
+        return losses, x + jax.lax.stop_gradient(busy[0, 0])
+
+    pipeline = pipeline_of(slow, linear)
+    state = pipeline.init([weights(), weights()], X, Y)
+    for _ in range(2):
+        values, output, state = pipeline.step(state, X, Y)
+        assert not any(a.is_ready() for a in jax.tree.leaves((values, output, state.params)))
+    jax.block_until_ready(output)
+
+
 def test_what_is_no_floating_point_array_is_passed_on():
     def stage(params, x, y):
         w, number, activation, absent = params

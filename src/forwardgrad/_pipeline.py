@@ -186,7 +186,7 @@ class BlockPipeline:
         for i, (stage, device) in enumerate(self._places()):
             x, here, own_key = jax.device_put((x, targets, key), device)
             given = (stage, self.estimator, self.optimiser, own_key, np.int32(i), x, here)
-            own, value, x = advance(given, _at(owns[i], device))
+            own, value, x = advanced(given, _at(owns[i], device))
             values.append(value)
             after.append(own)
         return tuple(values), x, _state(after, state.batch)
@@ -233,15 +233,36 @@ def _begin(given: tuple) -> tuple[Own, Any]:
     return own, stage(params, x, *targets)[1]
 
 
-@functools.partial(eqx.filter_jit, donate="all-except-first")
-def advance(given: tuple, own: Own) -> tuple[Own, Float[Array, ""], Any]:
+def advanced(given: tuple, own: Own) -> tuple[Own, Float[Array, ""], Any]:
     """One step of a stage on one micro-batch: its next weights, its losses and its output."""
+    after, value, output = advance(*arguments(given, own))
+    return eqx.combine(after, own), value, output
+
+
+def arguments(given: tuple, own: Own) -> tuple[tuple, Own, tuple]:
+    """The arrays of both, and what else there is as one static argument.
+
+    This is done by hand because `equinox.filter_jit` waits for its result.
+    """
+    given_arrays, given_rest = eqx.partition(given, eqx.is_array)
+    own_arrays, own_rest = eqx.partition(own, eqx.is_array)
+    leaves, treedef = jax.tree.flatten((given_rest, own_rest))
+    return given_arrays, own_arrays, (treedef, tuple(leaves))
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
+def advance(given: tuple, own: Own, static: tuple) -> tuple[Own, Float[Array, ""], Any]:
+    """`advanced`, of the arrays alone."""
+    treedef, leaves = static
+    given_rest, own_rest = treedef.unflatten(leaves)
+    given, own = eqx.combine(given, given_rest), eqx.combine(own, own_rest)
     stage, estimator, optimiser, key, number, x, targets = given
     arrays, (_, step) = _divided(stage, own.params, estimator)
     key = None if key is None else jax.random.fold_in(key, number)
     (value, output), grads, remembered = step(arrays, x, *targets, key=key, state=own.estimator)
     updates, memory = optimiser.update(grads, own.optimiser, arrays)
-    return Own(eqx.apply_updates(own.params, updates), memory, remembered), value, output
+    after = Own(eqx.apply_updates(own.params, updates), memory, remembered)
+    return eqx.filter(after, eqx.is_array), value, output
 
 
 def _state(owns: Sequence[Own], batch: Any) -> PipelineState:
