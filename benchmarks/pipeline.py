@@ -221,13 +221,11 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             label = f"{count} stage{'s' if count != '1' else ''}"
             axes.plot(x, row["ideal"].values(), ":", **style)
             axes.plot(x, row["by_seconds"].values(), "-", label=label, **style)
-            if "measured" in row and count != "1":
-                axes.plot([RUN], [row["measured"]], "s", **style)
         axes.set(title=name, xlabel="micro-batches", xscale="log", ylim=(0, 1.05))
         axes.set_xticks(x, x)
         axes.minorticks_off()
     every[0].set_ylabel("utilisation")
-    every[0].legend(title="dotted: ideal; square: measured")
+    every[0].legend(title="computed; dotted: ideal")
     save(figure, path)
 
 
