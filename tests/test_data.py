@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import datasets.config
+import fsspec
 import huggingface_hub.utils
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,7 @@ from data_helpers import (
     write_parquet,
 )
 from forwardgrad import InputError, data
-from forwardgrad.data import _decode, _stream, _tables
+from forwardgrad.data import _access, _decode, _stream, _tables
 
 
 @pytest.fixture(scope="session")
@@ -237,9 +238,40 @@ def test_a_copy_without_a_test_split(tmp_path):
 def test_a_damaged_copy(tmp_path):
     for split in ("train", "test"):
         path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
-        write_parquet(path, pixels(3), [0, 1, 2]).write_bytes(b"PAR1")
+        write_parquet(path, pixels(3), [0, 1, 2])
+    (tmp_path / "README.md").write_text("---\nconfigs: [{config_name: a, data_files: no}]\n---\n")
     with fails("folder .* cannot be loaded: "):
         data.load(str(tmp_path))
+
+
+SHARDS = ["data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-00000-of-00001"]
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """A copy of the hub's files: 3 rows in each."""
+    for i, file in enumerate(SHARDS):
+        write_parquet(tmp_path / f"{file}.parquet", pixels(3, seed=i), [0, 1, 2])
+    return tmp_path
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("file", SHARDS)
+def test_a_shard_that_is_not_sound(shards, file, stream):
+    path = shards / f"{file}.parquet"
+    content = path.read_bytes()
+    write_parquet(path, [], [])
+    with fails(f"file {path} has no rows"):
+        data.load(str(shards), stream=stream)
+    path.write_bytes(content[:-1])
+    with fails(f"file {path} is not a complete parquet file"):
+        data.load(str(shards), stream=stream)
+    path.unlink()
+    if "train" in file:
+        with fails(f"file {path} is missing, of which .*data/train-0000.-of-00002.parquet speaks"):
+            data.load(str(shards), stream=stream)
+    path.write_bytes(content)
+    assert len(data.load(str(shards), stream=stream).train) == 6
 
 
 def test_the_column_of_labels_can_be_named(tmp_path):
@@ -463,9 +495,35 @@ def test_bad_image_size(tmp_path, size):
 # Streams
 
 
-@pytest.fixture
-def streamed(tmp_path) -> data.Dataset:
-    return data.load(str(write_pair(tmp_path, train=50, test=7)), resident_limit=0)
+@pytest.fixture(params=["cached", "file", "shards", "hub"])
+def streamed(tmp_path, monkeypatch, request) -> data.Dataset:
+    """50 images, and 7, in four row groups: a stream of each kind."""
+    stream = request.param != "cached"
+    if request.param in ("cached", "file"):
+        folder = write_pair(tmp_path, train=50, test=7)
+        return data.load(str(folder), resident_limit=0, stream=stream)
+    for shard, part in enumerate((slice(0, 30), slice(30, 50))):
+        path = tmp_path / "data" / f"train-0000{shard}-of-00002.parquet"
+        write_parquet(path, pixels(50)[part], [i % 3 for i in range(50)][part])
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", pixels(7), [0] * 7)
+    if request.param == "shards":
+        return data.load(str(tmp_path), stream=True)
+    return data.load(far_away(tmp_path, monkeypatch), stream=True)
+
+
+def far_away(folder: Path, monkeypatch) -> str:
+    """The name of a data set whose files are in another file system, as those of the hub are."""
+    builder = datasets.load_dataset_builder(str(folder))
+    memory, files = fsspec.filesystem("memory"), builder.config.data_files
+    for paths in files.values():
+        for i, path in enumerate(paths):
+            paths[i] = f"memory://{path}"
+            memory.pipe(paths[i], Path(path).read_bytes())
+            Path(path).unlink()
+    monkeypatch.setattr(_tables, "_hub_has", lambda _: True)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda _: builder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("a copy was made"))
+    return "owner/name"
 
 
 def test_limit_decides_what_is_resident(tmp_path):
@@ -536,11 +594,16 @@ def test_remainder_can_be_dropped(streamed):
     assert [len(labels) for _, labels in batches] == [8] * 6
 
 
-def test_stream_that_is_left_early_ends_its_threads(streamed):
+@pytest.mark.parametrize("stream", [False, True])
+def test_stream_that_is_left_early_ends_its_threads(tmp_path, stream):
     before = threading.active_count()
+    folder = write_pair(tmp_path, train=50, test=7)
+    streamed = data.load(str(folder), resident_limit=0, stream=stream)
     batches = streamed.train.batches(4, seed=0, epoch=0)
     next(batches)
     del batches
+    if stream:  # reads ahead as long as the data set is there
+        del streamed
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -573,6 +636,108 @@ def test_later_row_of_another_size_ends_the_stream(tmp_path, monkeypatch):
     assert len([next(batches), next(batches)]) == 2
     with fails(r"row 4 of .*train.parquet is 6x6, row 0 is 6x5; --image-size or image_size="):
         list(batches)
+
+
+@pytest.fixture
+def windowed(tmp_path, monkeypatch) -> data.StreamedSplit:
+    """A stream of 40 row groups of 16 rows whose window is 4 of them."""
+    write_pair(tmp_path, train=640)
+    size = _access.read_footers([str(tmp_path / "train.parquet")])
+    total = sum(f.row_group(i).total_byte_size for f in size.values() for i in range(40))
+    monkeypatch.setattr(_access, "_WINDOW", total // 10)
+    train = data.load(str(tmp_path), stream=True).train
+    assert isinstance(train, data.StreamedSplit)
+    return train
+
+
+def rows_in_order(split: data.StreamedSplit, **options) -> np.ndarray:
+    """Which rows come, without decoding them."""
+    order = split._rows.table.shuffled(**options)
+    return np.array([order[i] for i in range(len(split))])
+
+
+def test_a_stream_moves_a_window_over_the_files(windowed):
+    groups = rows_in_order(windowed, seed=3) // 16
+    assert np.bincount(groups).tolist() == [16] * 40
+    first = [np.flatnonzero(groups == g)[0] for g in range(40)]
+    last = [np.flatnonzero(groups == g)[-1] for g in range(40)]
+    in_use = [sum(a <= i <= b for a, b in zip(first, last, strict=True)) for i in range(640)]
+    assert max(in_use) <= 7
+    assert np.median(in_use) >= 3
+    assert np.corrcoef(first, np.arange(40))[0, 1] ** 2 < 0.2  # groups in random order, too
+    assert not np.array_equal(groups, rows_in_order(windowed, seed=4) // 16)
+
+
+def test_a_stream_reads_every_row_group_once(windowed, monkeypatch):
+    read = []
+    original = _access._read
+    monkeypatch.setattr(_access, "_read", lambda *a: read.append(a[3]) or original(*a))
+    table = windowed._rows.table
+    table._reading.cache_clear()
+    images, _ = joined(windowed.batches(8, seed=5, epoch=0))
+    assert len({image.tobytes() for image in images}) == 640
+    assert len(read) == len(set(read)) == 40
+    read.clear()
+    table._reading.cache_clear()
+    assert len(joined(windowed.batches(8, seed=5, epoch=0, start=70))[0]) == 80
+    assert len(read) <= 12  # of what a resumed epoch skips, nothing is read
+
+
+def test_a_stream_begins_with_more_than_one_row_group(windowed):
+    """Files are often sorted by class."""
+    for seed in range(10):
+        rows = rows_in_order(windowed, seed=seed)
+        assert min(len(set(part // 16)) for part in np.split(rows, 40)) >= 2
+
+
+def test_a_stream_has_the_same_images_as_a_copy(tmp_path):
+    folder = str(write_pair(tmp_path, train=50, test=7))
+    copy, stream = data.load(folder), data.load(folder, stream=True)
+    assert (copy.classes, copy.image_shape) == (stream.classes, stream.image_shape)
+    for one, other in ((copy.train, stream.train), (copy.test, stream.test)):
+        for a, b in zip(everything(one), everything(other), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_a_stream_makes_no_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data.load(str(write_pair(tmp_path / "files")), stream=True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_cannot_be_streamed(tmp_path, monkeypatch):
+    with fails("stream .=True. is not for dataset 'digits'"):
+        data.load("digits", stream=True)
+    for split in ("train", "test"):
+        write_images(tmp_path / "images" / split, pixels(6))
+    with fails("stream is for parquet files, which .*images/train does not have"):
+        data.load(str(tmp_path / "images"), stream=True)
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "plain" / f"{split}.parquet", pixels(3), [0, 1, 2], classes=None)
+    with fails("column 'label' of .*train.parquet must be of classes that have names .*ClassLabel"):
+        data.load(str(tmp_path / "plain"), stream=True)
+    monkeypatch.setattr(_access, "LARGEST_GROUP", 100)
+    write_pair(tmp_path / "large")
+    with fails(r"row group 0 of .*train.parquet has \d+ bytes, .* leave out --stream"):
+        data.load(str(tmp_path / "large"), stream=True)
+
+
+@pytest.mark.parametrize("label", [-1, None, 3])
+def test_label_outside_the_classes_of_a_stream(tmp_path, monkeypatch, label):
+    monkeypatch.setattr("forwardgrad.data._load._SAMPLE", 3)
+    write_pair(tmp_path)
+    write_parquet(tmp_path / "train.parquet", pixels(20), [0, 1, 2, 0, label, *[0] * 15])
+    train = data.load(str(tmp_path), stream=True).train
+    with fails(f"row 4 of .*train.parquet has label {-1 if label is None else label}, outside"):
+        list(train.ordered(3))
+
+
+def test_a_stream_whose_file_is_gone(tmp_path):
+    train = data.load(str(write_pair(tmp_path, train=50)), stream=True).train
+    train._rows.table._reading.cache_clear()
+    (tmp_path / "train.parquet").unlink()
+    with fails("row group 0 of .*train.parquet cannot be read: .*No such file"):
+        list(train.ordered(8))
 
 
 # Bad names and folders
@@ -850,7 +1015,7 @@ def hub(tmp_path, monkeypatch):
 
     def build(*splits: str):
         files = {"train": "train.parquet"} | dict.fromkeys(splits, "test.parquet")
-        table = {s: _tables.from_parquet(tmp_path / files[s]).rows for s in splits}
+        table = {s: datasets.Dataset.from_parquet(str(tmp_path / files[s])) for s in splits}
         monkeypatch.setattr(_tables, "_hub_has", lambda _: True)
         monkeypatch.setattr(
             datasets, "load_dataset", lambda *a: asked.append(a) or datasets.DatasetDict(table)

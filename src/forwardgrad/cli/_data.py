@@ -56,6 +56,8 @@ class ShowOptions:
     """Column of the labels, as for train."""
     image_size: int | None = None
     """Height and width of the images, as for train."""
+    stream: bool = False
+    """Make no copy in the cache, as for train."""
     augmentation: tyro.conf.OmitArgPrefixes[AugmentationSettings] = SIMCLR
 
 
@@ -79,6 +81,7 @@ def _show(arguments: Sequence[str]) -> int:
         options.data_dir,
         label_column=options.label_column,
         image_size=options.image_size,
+        stream=options.stream,
     )
     images, labels = _choose(dataset, options.images, options.seed)
     classes = [dataset.classes[label] for label in labels]

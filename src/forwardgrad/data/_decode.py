@@ -13,7 +13,7 @@ from jaxtyping import Int, Int32, Int64, UInt8
 from PIL.Image import Image
 
 from forwardgrad._errors import InputError
-from forwardgrad.data._tables import Table, no_rows
+from forwardgrad.data._access import Table, no_rows
 
 Mode = Literal["L", "RGB"]
 
@@ -29,9 +29,13 @@ _LABEL_NAMES = ("label", "labels")
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a split, and the names of the classes where the table has any."""
+    """The labels of a split, if they are at hand, and the names of the classes, if there are any.
 
-    values: Int64[np.ndarray, " examples"]
+    Of a table that is streamed, labels come with the images, and classes have names.
+    """
+
+    column: str
+    values: Int64[np.ndarray, " examples"] | None
     classes: tuple[str, ...] | None
 
 
@@ -44,6 +48,7 @@ class Rows:
     - `table`: where the undecoded images are.
     - `column`: the name of the images' column.
     - `labels`: the class of each row.
+    - `classes`: how many there are.
     - `mode`: what every image is converted to, grey (`"L"`) or colour (`"RGB"`).
     - `size`: height and width of every image.
     - `resize`: whether those of other sizes are cropped to a square and resized, or refused.
@@ -51,13 +56,14 @@ class Rows:
 
     table: Table
     column: str
-    labels: Int32[np.ndarray, " examples"]
+    labels: Labels
+    classes: int
     mode: Mode
     size: tuple[int, int]
     resize: bool
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.table)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -71,13 +77,19 @@ class Rows:
 
         **Raises:**
 
-        `InputError` for the first row that does not hold an image of the right size.
+        `InputError` for the first row that does not hold an image of the right size or, in a
+        stream, a label.
         """
         images = np.empty((len(rows), *self.image_shape), np.uint8)
-        cells = self.table.rows[rows.tolist()][self.column]
-        for image, row, cell in zip(images, rows, cells, strict=True):
+        cells = self.table.cells(rows.tolist())
+        for image, row, cell in zip(images, rows, cells[self.column], strict=True):
             image[...] = self._pixels(int(row), cell)
-        return images, self.labels[rows]
+        if self.labels.values is None:
+            labels = np.array([-1 if k is None else k for k in cells[self.labels.column]])
+            _check_range(self.table, rows, labels, self.classes)
+        else:
+            labels = self.labels.values[rows]
+        return images, labels.astype(np.int32)
 
     def _pixels(self, row: int, cell: Any) -> UInt8[np.ndarray, "height width channels"]:
         height, width = self.size
@@ -124,16 +136,17 @@ def train_and_test(
     classes, or if the splits differ in their classes, in size or in having colours.
     """
     for table in (train, test):
-        if not len(table.rows):
+        if not len(table):
             raise no_rows(table.where)
     train_labels = _labels(train, label_column)
     test_labels = _labels(test, label_column, train_labels.classes)
     classes = _classes(train, train_labels, test_labels)
     for table, labels in ((train, train_labels), (test, test_labels)):
-        _check_range(table, labels, len(classes))
-    train_rows = _rows(train, train_labels, "L", image_size, usual_size)
+        if labels.values is not None:
+            _check_range(table, np.arange(len(table)), labels.values, len(classes))
+    train_rows = _rows(train, train_labels, len(classes), "L", image_size, usual_size)
     size = train_rows.size[0] if train_rows.resize else None
-    test_rows = _rows(test, test_labels, train_rows.mode, size)
+    test_rows = _rows(test, test_labels, len(classes), train_rows.mode, size)
     if train_rows.image_shape != test_rows.image_shape:
         raise InputError(
             "train and test must hold images of the same shape (height, width, channels), got "
@@ -146,6 +159,7 @@ def train_and_test(
 def _rows(
     table: Table,
     labels: Labels,
+    classes: int,
     mode: Mode,
     image_size: int | None,
     usual_size: int | None = None,
@@ -154,9 +168,10 @@ def _rows(
 
     They have `image_size`; without it, the size of row 0 or, if some differ, `usual_size`.
     """
-    column, raw = _image_column(table)
-    probes = evenly(len(raw.rows), _PROBES).tolist()
-    cells = raw.rows[probes][column]
+    column = _image_column(table)
+    raw = table.select(column, labels.column) if labels.values is None else table.select(column)
+    probes = raw.spread(_PROBES).tolist()
+    cells = raw.cells(probes)[column]
     decoded = [_decoded(raw, row, cell)[0] for row, cell in zip(probes, cells, strict=True)]
     images = [_upright(image, _orientation(image)) for image in decoded]
     if any(image.mode not in _GREY_MODES for image in images):
@@ -164,12 +179,7 @@ def _rows(
     sizes = [(image.height, image.width) for image in images]
     square = image_size or (usual_size if len({*sizes}) > 1 else None)
     size = (square, square) if square else sizes[0]
-    return Rows(raw, column, labels.values.astype(np.int32), mode, size, resize=bool(square))
-
-
-def evenly(length: int, count: int) -> Int[np.ndarray, " rows"]:
-    """At most `count` of the first `length` integers, first and last among them, evenly spread."""
-    return np.unique(np.linspace(0, length - 1, count).astype(np.int64))
+    return Rows(raw, column, labels, classes, mode, size, resize=bool(square))
 
 
 def _decoded(
@@ -221,14 +231,11 @@ def _upright(image: Image, orientation: int) -> Image:
     return PIL.ImageOps.exif_transpose(image)
 
 
-def _image_column(table: Table) -> tuple[str, Table]:
-    """The name of the first column of images, and the table with that column alone, undecoded."""
-    for name, feature in table.rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = table.rows.select_columns(name).cast_column(name, datasets.Image(decode=False))
-            return name, Table(rows, table.where)
-        if _is_bare_image(feature):
-            return name, Table(table.rows.select_columns(name), table.where)
+def _image_column(table: Table) -> str:
+    """The name of the first column of images."""
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image) or _is_bare_image(feature):
+            return name
     raise InputError(f"{table.where} has no column of images (it has {_columns(table)})")
 
 
@@ -244,27 +251,35 @@ def _labels(table: Table, column: str | None, names: tuple[str, ...] | None = No
     `names` are the classes of the training split, for a column of names.
     """
     column = column or _label_column(table)
-    feature = table.rows.features.get(column)
+    feature = table.features.get(column)
     named = isinstance(feature, datasets.ClassLabel)
     if not (named or _is_text(feature) or _is_integer(feature)):
         raise InputError(
             f"column {column!r} of {table.where} does not hold labels: expected integers, names or "
             f"classes (it has {_columns(table)})"
         )
-    cells = table.rows.data.column(column)
+    cells = table.column(column)
+    if cells is None:
+        if not named:
+            raise InputError(
+                f"column {column!r} of {table.where} must be of classes that have names for a "
+                f"stream to begin with the first of them (it has {_columns(table)}): write it as "
+                "ClassLabel, or leave out --stream"
+            )
+        return Labels(column, None, tuple(feature.names))
     if _is_text(feature):
         texts = cells.to_pylist()
         classes = names or tuple(sorted({*texts} - {None}))
         place = {name: i for i, name in enumerate(classes)}
-        return Labels(np.array([place.get(text, -1) for text in texts], np.int64), classes)
+        return Labels(column, np.array([place.get(text, -1) for text in texts], np.int64), classes)
     # A missing label counts as -1, which marks unlabelled data on the hub.
     values = cells.cast("int64", safe=False).fill_null(-1).to_numpy()
-    return Labels(values, tuple(feature.names) if named else None)
+    return Labels(column, values, tuple(feature.names) if named else None)
 
 
 def _label_column(table: Table) -> str:
     """`label` or `labels`, else the first column of classes, else the only one of integers."""
-    features = table.rows.features
+    features = table.features
     classes = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel)]
     named = [name for name in _LABEL_NAMES if name in (classes or features)]
     integers = [name for name, f in features.items() if _is_integer(f)]
@@ -288,7 +303,7 @@ def _is_integer(feature: Any) -> bool:
 
 
 def _columns(table: Table) -> str:
-    kinds = {n: getattr(f, "dtype", type(f).__name__) for n, f in table.rows.features.items()}
+    kinds = {n: getattr(f, "dtype", type(f).__name__) for n, f in table.features.items()}
     return ", ".join(f"{name!r}: {kind}" for name, kind in kinds.items())
 
 
@@ -299,7 +314,7 @@ def _classes(table: Table, train: Labels, test: Labels) -> tuple[str, ...]:
             f"train and test must have the same classes, got {_listed(train.classes)} and "
             f"{_listed(test.classes)}"
         )
-    if train.classes or test.classes:
+    if train.classes or test.classes or train.values is None:
         return train.classes or test.classes or ()
     present = np.unique(train.values[train.values >= 0])
     gaps = np.flatnonzero(present != np.arange(len(present)))
@@ -316,10 +331,12 @@ def _listed(classes: tuple[str, ...]) -> str:
     return f"{len(classes)} ({shown}{', ...' if len(classes) > 3 else ''})"
 
 
-def _check_range(table: Table, labels: Labels, classes: int) -> None:
-    outside = np.flatnonzero((labels.values < 0) | (labels.values >= classes))
+def _check_range(
+    table: Table, rows: Int[np.ndarray, " rows"], labels: Int[np.ndarray, " rows"], classes: int
+) -> None:
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))
     if outside.size:
-        row, label = outside[0], labels.values[outside[0]]
+        row, label = rows[outside[0]], labels[outside[0]]
         raise InputError(
             f"row {row} of {table.where} has label {label}, outside the {classes} classes from 0"
             + (" (-1 marks unlabelled data)" if label == -1 else "")

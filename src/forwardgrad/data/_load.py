@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forwardgrad._errors import InputError, unknown_name
+from forwardgrad.data._access import Table
 from forwardgrad.data._dataset import Dataset, channel_statistics
-from forwardgrad.data._decode import evenly, train_and_test
+from forwardgrad.data._decode import train_and_test
 from forwardgrad.data._digits import digits
 from forwardgrad.data._stream import StreamedSplit, resident
-from forwardgrad.data._tables import Table, from_folder, from_hub
+from forwardgrad.data._tables import from_folder, from_hub
 
 RESIDENT_LIMIT = 2**30
 """Bytes of decoded images, train and test together, up to which a data set is held in memory."""
@@ -27,7 +28,7 @@ class _Hub:
     """Where the hub has a data set, and the usual size for one whose images have many."""
 
     repository: str
-    test_split: str = "test"
+    test_split: str | None = "test"
     image_size: int | None = None
 
 
@@ -48,6 +49,7 @@ def load(
     *,
     label_column: str | None = None,
     image_size: int | None = None,
+    stream: bool = False,
     resident_limit: int = RESIDENT_LIMIT,
 ) -> Dataset:
     """A data set of labelled images, from a file, a folder or the Hugging Face hub.
@@ -72,6 +74,9 @@ def load(
     - `image_size`: height and width of the images: of each, training or test, the square in the
         middle that is as long as the shorter side, resized. Default: images stay as they are;
         those of `imagenet`, if they differ in size, become 224 x 224.
+    - `stream`: read parquet files in place, here or on the hub, while batches are asked for,
+        whatever the size of the data set. Nothing is copied into the cache of data sets. Random
+        orders then draw from a window that moves over the files.
     - `resident_limit`: in bytes.
 
     **Returns:**
@@ -90,24 +95,24 @@ def load(
     """
     folder = _data_folder(data_dir)
     if name == "digits":
-        if label_column is not None:
-            raise InputError(f"label_column (={label_column!r}) is not for dataset 'digits'")
-        if image_size is not None:
-            raise InputError(f"image_size (={image_size!r}) is not for dataset 'digits'")
+        given = {"label_column": label_column, "image_size": image_size, "stream": stream or None}
+        for option, value in given.items():
+            if value is not None:
+                raise InputError(f"{option} (={value!r}) is not for dataset 'digits'")
         return digits()
     if image_size is not None and not 1 <= image_size <= _LARGEST:
         raise InputError(f"image_size must be from 1 to {_LARGEST}, got {image_size}")
     usual_size = _HUB[name].image_size if name in _HUB else None
-    tables = _tables(name, folder)
+    tables = _tables(name, folder, stream)
     train, test, classes = train_and_test(*tables, label_column, image_size, usual_size)
     decoded = (len(train) + len(test)) * math.prod(train.image_shape)
-    if decoded <= resident_limit:
+    if decoded <= resident_limit and not stream:
         splits = resident(train), resident(test)
         sample = splits[0].images
     else:
         splits = StreamedSplit(train), StreamedSplit(test)
         # Of both, which shows bad rows early.
-        sample, _ = (rows.take(evenly(len(rows), _SAMPLE))[0] for rows in (train, test))
+        sample, _ = (rows.take(rows.table.spread(_SAMPLE))[0] for rows in (train, test))
     return Dataset(name, train.image_shape, classes, *splits, *channel_statistics(sample))
 
 
@@ -122,22 +127,22 @@ def _data_folder(data_dir: Path | str | None) -> Path | None:
     return folder
 
 
-def _tables(name: str, data_dir: Path | None) -> tuple[Table, Table]:
+def _tables(name: str, data_dir: Path | None, stream: bool) -> tuple[Table, Table]:
     """Where `name` is: under `data_dir`, else a local folder, else on the hub."""
     local = Path(os.path.expanduser(name))  # unlike the method, leaves an unknown user be
     on_hub = name in _HUB or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
+    entry = _HUB.get(name, _Hub(name, None))
     if data_dir is not None and name and (data_dir / name).is_dir():
-        return from_folder(data_dir / name, _HUB[name].test_split if name in _HUB else None)
+        return from_folder(data_dir / name, entry.test_split, stream)
     if name and name not in _HUB and local.is_dir():
-        return from_folder(local)
+        return from_folder(local, None, stream)
     if on_hub and data_dir is not None:
         raise InputError(
             f"dataset {name!r} is not in the data folder {data_dir}: put it there as "
             f"{data_dir / name / 'train.parquet'} and {data_dir / name / 'test.parquet'}"
         )
     if on_hub:
-        entry = _HUB.get(name)
-        return from_hub(name, entry.repository, entry.test_split) if entry else from_hub(name, name)
+        return from_hub(name, entry.repository, entry.test_split, stream)
     if "/" in name:
         raise InputError(f"dataset {name!r} is not a folder; expected one that holds a data set")
     raise unknown_name("dataset", name, NAMES)

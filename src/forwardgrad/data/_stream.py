@@ -71,7 +71,7 @@ class StreamedSplit(Split):
             if value < 0:
                 raise InputError(f"{name} must not be negative, got {value}")
         shuffle_seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-        order = grain.MapDataset.range(len(self)).shuffle(seed=shuffle_seed)
+        order = self._rows.table.shuffled(shuffle_seed)
         return self._decode(order, batch_size, start, drop_remainder)
 
     def ordered(self, batch_size: int) -> Iterator[Batch]:
@@ -100,8 +100,10 @@ def resident(rows: Rows) -> ResidentSplit:
     `InputError` for the first row that does not hold an image of the right size.
     """
     images = np.empty((len(rows), *rows.image_shape), np.uint8)
+    labels = np.empty(len(rows), np.int32)
     filled = 0
-    for chunk, _ in StreamedSplit(rows).ordered(_RESIDENT_CHUNK):
-        images[filled : filled + len(chunk)] = chunk
+    for chunk, of_chunk in StreamedSplit(rows).ordered(_RESIDENT_CHUNK):
+        part = slice(filled, filled + len(chunk))
+        images[part], labels[part] = chunk, of_chunk
         filled += len(chunk)
-    return ResidentSplit(images, rows.labels)
+    return ResidentSplit(images, labels)

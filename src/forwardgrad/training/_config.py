@@ -150,6 +150,8 @@ class TrainConfig(Settings):
     image_size: Count | None = None
     """Height and width that images are cropped (to the square in the middle) and resized to.
     Default: as they are; 224 for imagenet, if they differ in size."""
+    stream: bool = False
+    """Read parquet files in place, on this machine or the hub, and make no copy in the cache."""
     resume: bool = False
     """Continue the run in --out, or start it if there is none."""
     batch_size: Count = 64

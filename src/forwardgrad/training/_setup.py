@@ -95,6 +95,7 @@ class Setup:
             config.data_dir,
             label_column=config.label_column,
             image_size=config.image_size,
+            stream=config.stream,
         )
         network = build_network(config, self.data, weights_key)
         params, self._static = eqx.partition(network, eqx.is_inexact_array)
