@@ -190,15 +190,23 @@ class ParquetTable(Table):
         It does not hold the table, which would then outlive its last use, and with it the threads.
         """
         groups, footers = self._groups, self._footers
-        kinds = datasets.Features({name: self.features[name] for name in self._columns})
+        features = datasets.Features({name: self.features[name] for name in self._columns})
         files, _ = url_to_fs(groups[0][0])
-        readers = ThreadPoolExecutor(_READERS)
+        readers, failures = ThreadPoolExecutor(_READERS), []
 
-        def begin(number: int) -> Future[pa.Table]:
+        def read(number: int) -> pa.Table:
+            if failures:  # those that wait have not to find out for themselves, at a time-out each
+                raise failures[0]
             file, group = groups[number]
-            return readers.submit(_read, files, file, footers[file], group, kinds)
+            try:
+                return _read(files, file, footers[file], group, features)
+            except Exception as error:  # network, disk, parser: each has its own classes
+                failures.append(
+                    InputError(f"row group {group} of {file} cannot be read: {reason(error)}")
+                )
+                raise failures[0] from error
 
-        return begin
+        return functools.partial(readers.submit, read)
 
 
 def _read(
@@ -209,13 +217,10 @@ def _read(
     features: datasets.Features,
 ) -> pa.Table:
     """The columns `features` of a row group."""
-    try:
-        with files.open(file, cache_type="none") as stream:
-            source = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
-            table = source.read_row_group(group, [*features])
-        return datasets.table.table_cast(table, features.arrow_schema)
-    except Exception as error:  # network, disk, parser: each has its own classes
-        raise InputError(f"row group {group} of {file} cannot be read: {reason(error)}") from error
+    with files.open(file, cache_type="none") as stream:
+        source = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
+        table = source.read_row_group(group, [*features])
+    return datasets.table.table_cast(table, features.arrow_schema)
 
 
 def read_footers(files: Sequence[str]) -> dict[str, pq.FileMetaData]:
