@@ -1,5 +1,6 @@
 """Batches that are decoded while they are asked for."""
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -12,8 +13,9 @@ from forwardgrad.data._dataset import Batch, ResidentSplit, Split
 from forwardgrad.data._decode import Rows
 
 _THREADS = min(16, os.cpu_count() or 1)
-# Decoded batches that wait, at most; with those in the threads' hands this bounds the memory.
+# Batches that wait or are being decoded, at most, and their bytes: this bounds the memory.
 _AHEAD = 2 * _THREADS
+_AHEAD_BYTES = 2**29
 _RESIDENT_CHUNK = 512
 
 
@@ -32,6 +34,11 @@ class StreamedSplit(Split):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        return self._rows.image_shape
 
     def take(self, rows: Int[np.ndarray, " batch"]) -> Batch:
         """These images, decoded, and their labels."""
@@ -88,7 +95,9 @@ class StreamedSplit(Split):
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         batches = order.batch(batch_size, drop_remainder=drop_remainder)[start:]
-        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+        ahead = _AHEAD_BYTES // (batch_size * math.prod(self.image_shape))
+        ahead = max(1, min(_AHEAD, ahead))
+        options = grain.ReadOptions(min(_THREADS, ahead), prefetch_buffer_size=ahead)
         return iter(batches.map(self._rows.take).to_iter_dataset(options))
 
 

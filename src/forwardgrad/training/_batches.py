@@ -1,6 +1,7 @@
 """What a network gets to see: feeds of the compiled loop, inputs, and what is tested on."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import equinox as eqx
@@ -79,7 +80,10 @@ def make_inputs(config: TrainConfig, data: Dataset) -> Inputs:
 
 
 STACK = 32
-"""Batches of a streamed set that go to the device at once."""
+"""Batches of a streamed set that go to the device at once, at most."""
+
+STACK_BYTES = 2**26
+"""Bytes of these batches, at most, unless one alone has more."""
 
 
 Feeds = Callable[[int, int], Iterator[tuple[Feed, int, int]]]
@@ -104,16 +108,18 @@ def _resident(split: ResidentSplit, batch_size: int, key: Key[Array, ""]) -> Fee
 
 def _streamed(split: StreamedSplit, batch_size: int, seed: int) -> Feeds:
     """Stacks of batches, decoded ahead of the device's work."""
+    possible = STACK_BYTES // (batch_size * math.prod(split.image_shape))
+    size = max(1, min(STACK, possible))
 
     def feeds(epoch: int, start: int) -> Iterator[tuple[Feed, int, int]]:
         batches = split.batches(
             batch_size, seed=seed, epoch=epoch, start=start, drop_remainder=True
         )
-        while stack := list(itertools.islice(batches, STACK)):
+        while stack := list(itertools.islice(batches, size)):
             # A short stack is filled up, so that one compiled loop serves all.
-            full = [*stack, *[stack[-1]] * (STACK - len(stack))]
+            full = [*stack, *[stack[-1]] * (size - len(stack))]
             images, labels = (np.concatenate(part) for part in zip(*full, strict=True))
-            order = np.arange(len(images)).reshape(STACK, batch_size)
+            order = np.arange(len(images)).reshape(size, batch_size)
             feed = Feed(jnp.asarray(images), jnp.asarray(labels), jnp.asarray(order, jnp.int32))
             yield feed, 0, len(stack)
 
