@@ -274,6 +274,17 @@ def test_a_shard_that_is_not_sound(shards, file, stream):
     assert len(data.load(str(shards), stream=stream).train) == 6
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_shards_that_differ(shards, stream):
+    path = shards / "data" / "train-00001-of-00002.parquet"
+    write_parquet(path, pixels(3), [0, 1, 2], classes=["dog", "cat", "eel"])
+    with fails(f"same classes, but those of column 'label' in {path} are not those in .*train-0"):
+        data.load(str(shards), stream=stream)
+    write_parquet(path, pixels(3), [0, 1, 2], columns=("picture", "label"))
+    with fails(rf"same columns, got \['label', 'picture'\] in {path} and \['image', 'label'\] in"):
+        data.load(str(shards), stream=stream)
+
+
 def test_the_column_of_labels_can_be_named(tmp_path):
     cells = [{"bytes": encode(image)} for image in pixels(4)]
     columns = {"image": cells, "one": [1, 0, 1, 0], "two": [0, 1, 2, 0], "caption": [*"abca"]}

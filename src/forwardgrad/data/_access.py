@@ -247,7 +247,29 @@ def read_footers(files: Sequence[str]) -> dict[str, pq.FileMetaData]:
     for file, metadata in found.items():
         if metadata.num_rows == 0:
             raise no_rows(f"file {file}")
+    _check_alike(found)
     return found
+
+
+def _check_alike(footers: Mapping[str, pq.FileMetaData]) -> None:
+    """Raise an `InputError` if files differ in columns or classes: one file speaks for all."""
+    schemas = {file: footer.schema.to_arrow_schema() for file, footer in footers.items()}
+    (first, expected), *others = (
+        (file, datasets.Features.from_arrow_schema(schema)) for file, schema in schemas.items()
+    )
+    for file, features in others:
+        if {*features} != {*expected}:
+            raise InputError(
+                f"files of a split must have the same columns, got {sorted(features)} in {file} "
+                f"and {sorted(expected)} in {first}"
+            )
+        for name, feature in features.items():
+            pair = feature, expected[name]
+            if all(isinstance(f, datasets.ClassLabel) for f in pair) and pair[0] != pair[1]:
+                raise InputError(
+                    f"files of a split must have the same classes, but those of column {name!r} "
+                    f"in {file} are not those in {first}"
+                )
 
 
 def _check_numbering(files: Sequence[str]) -> None:
