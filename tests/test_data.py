@@ -991,6 +991,8 @@ def test_hub_out_of_reach(monkeypatch, name, files):
     begin = time.monotonic()
     with fails(f"hub .*{port}.* cannot be reached .*put {files}/train.parquet and {files}/test"):
         data.load(name)
+    with fails(f"hub .*{port}.* cannot be reached to stream from; leave out --stream"):
+        data.load(name, stream=True)
     assert time.monotonic() - begin < 10
     assert not datasets.config.HF_HUB_OFFLINE
 

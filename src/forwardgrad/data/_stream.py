@@ -20,9 +20,10 @@ _RESIDENT_CHUNK = 512
 
 
 class StreamedSplit(Split):
-    """A split that stays on disk, memory-mapped; threads decode batches ahead of their use.
+    """A split that stays where it is, on disk or far away; threads decode batches ahead of use.
 
     At most a few batches per processor core are decoded at any time, whatever the split's size.
+    Threads, and not processes: most of decoding an image does not hold Python's lock.
 
     **Arguments:**
 

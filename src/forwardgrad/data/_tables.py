@@ -124,9 +124,14 @@ def from_hub(
     what = f"dataset {name!r} on the Hugging Face hub"
     with _quiet():
         reachable = _hub_has(repository)
+        if stream and not reachable:
+            raise InputError(
+                f"dataset {name!r}: the Hugging Face hub ({datasets.config.HF_ENDPOINT}) cannot be "
+                "reached to stream from; leave out --stream to use what the local cache has"
+            )
         try:
             with contextlib.nullcontext() if reachable else _offline():
-                return _splits(repository, repository, test_split, what, stream and reachable)
+                return _splits(repository, repository, test_split, what, stream)
         except InputError:
             raise
         except Exception as error:  # network, disk, parser: each has its own classes
