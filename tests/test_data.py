@@ -16,6 +16,7 @@ import fsspec
 import huggingface_hub.utils
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
@@ -487,6 +488,24 @@ def test_every_mode_is_resized(tmp_path, mode):
     assert np.abs(error).mean() < (30 if mode in ("1", "P") else 3)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_do_no_harm(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg = saved(photograph((20, 30)), "JPEG", exif=exif)
+    damaged = jpeg.replace(exif.tobytes()[6:14], b"MM\0*\0\0\xff\xff")
+    assert damaged != jpeg
+    assert data.load(write_mixed(tmp_path, [damaged])).image_shape == (20, 30, 3)
+
+
+def test_a_mode_that_does_not_become_grey(tmp_path, monkeypatch):
+    monkeypatch.setattr(_decode, "_PROBES", 2)
+    grey = saved(Image.new("L", (5, 5)))
+    lab = saved(Image.new("LAB", (5, 5)), "TIFF")
+    with fails("row 1 of .*train.parquet: conversion from LAB to .* not supported"):
+        data.load(write_mixed(tmp_path, [grey, lab, grey]))
+
+
 def test_imagenet_has_a_usual_size(tmp_path):
     write_mixed(tmp_path / "imagenet", [saved(photograph((30 + i, 40))) for i in range(3)])
     assert data.load("imagenet", tmp_path).image_shape == (224, 224, 3)
@@ -741,6 +760,16 @@ def test_label_outside_the_classes_of_a_stream(tmp_path, monkeypatch, label):
     train = data.load(str(tmp_path), stream=True).train
     with fails(f"row 4 of .*train.parquet has label {-1 if label is None else label}, outside"):
         list(train.ordered(3))
+
+
+def test_a_stream_passes_over_row_groups_without_rows(tmp_path):
+    table = pq.read_table(write_pair(tmp_path) / "train.parquet")
+    with pq.ParquetWriter(tmp_path / "train.parquet", table.schema) as writer:
+        for part in (table[:0], table[:5], table[:0], table[5:], table[:0]):
+            writer.write_table(part)
+    train = data.load(str(tmp_path), stream=True).train
+    assert np.array_equal(everything(train)[0], pixels(12))
+    assert len(joined(train.batches(5, seed=0, epoch=0))[1]) == 12
 
 
 def test_a_stream_whose_file_is_gone(tmp_path):

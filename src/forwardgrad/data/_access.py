@@ -123,7 +123,12 @@ class ParquetTable(Table):
         self._footers, self.where, self._columns = footers, where, [*columns]
         schema = next(iter(footers.values())).schema.to_arrow_schema()
         self.features = features or datasets.Features.from_arrow_schema(schema)
-        self._groups = [(file, i) for file in footers for i in range(footers[file].num_row_groups)]
+        self._groups = [
+            (file, i)
+            for file, footer in footers.items()
+            for i in range(footer.num_row_groups)
+            if footer.row_group(i).num_rows
+        ]
         groups = [footers[file].row_group(i) for file, i in self._groups]
         self._ends = np.cumsum([group.num_rows for group in groups])
         sizes = [group.total_byte_size for group in groups]

@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 from jaxtyping import Int, Int32, Int64, UInt8
 from PIL.Image import Image
 
@@ -23,7 +22,15 @@ _PROBES = 64
 # How much larger than needed a JPEG is decoded before it is resized, at least. With 2, photographs
 # differ by less than one of 255 levels (root mean square) from those decoded whole.
 _GAP = 2
-_UPRIGHT = 1
+_TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 _LABEL_NAMES = ("label", "labels")
 
 
@@ -94,13 +101,17 @@ class Rows:
     def _pixels(self, row: int, cell: Any) -> UInt8[np.ndarray, "height width channels"]:
         height, width = self.size
         image, extent = _decoded(self.table, row, cell, height if self.resize else None)
-        orientation = _orientation(image)
+        turn = _turn(image)
         image.info.pop("transparency", None)  # dropped anyway, and Pillow would warn
         if image.mode != self.mode:
-            image = image.convert(self.mode)
+            try:
+                image = image.convert(self.mode)
+            except ValueError as error:
+                raise InputError(f"row {row} of {self.table.where}: {error}") from error
         if self.resize:
             image = _square(image, extent, height)
-        image = _upright(image, orientation)
+        if turn is not None:
+            image = image.transpose(turn)
         if (image.height, image.width) != self.size:
             raise InputError(
                 f"images must have one size (height x width): row {row} of {self.table.where} is "
@@ -172,11 +183,10 @@ def _rows(
     raw = table.select(column, labels.column) if labels.values is None else table.select(column)
     probes = raw.spread(_PROBES).tolist()
     cells = raw.cells(probes)[column]
-    decoded = [_decoded(raw, row, cell)[0] for row, cell in zip(probes, cells, strict=True)]
-    images = [_upright(image, _orientation(image)) for image in decoded]
+    images = [_decoded(raw, row, cell)[0] for row, cell in zip(probes, cells, strict=True)]
     if any(image.mode not in _GREY_MODES for image in images):
         mode = "RGB"
-    sizes = [(image.height, image.width) for image in images]
+    sizes = [_upright_size(image) for image in images]
     square = image_size or (usual_size if len({*sizes}) > 1 else None)
     size = (square, square) if square else sizes[0]
     return Rows(raw, column, labels, classes, mode, size, resize=bool(square))
@@ -219,16 +229,18 @@ def _square(image: Image, extent: tuple[float, float], side: int) -> Image:
     return image.resize((side, side), PIL.Image.Resampling.BILINEAR, box)
 
 
-def _orientation(image: Image) -> int:
-    return image.getexif().get(PIL.ExifTags.Base.Orientation, _UPRIGHT)
+def _turn(image: Image) -> PIL.Image.Transpose | None:
+    """What makes the image upright, as the camera has noted it down."""
+    try:
+        return _TURNS.get(image.getexif().get(PIL.ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data are common, and no reason to do without the image
+        return None
 
 
-def _upright(image: Image, orientation: int) -> Image:
-    """Turned or mirrored as the camera has noted it down."""
-    if orientation == _UPRIGHT:
-        return image
-    image.getexif()[PIL.ExifTags.Base.Orientation] = orientation  # lost in a conversion, perhaps
-    return PIL.ImageOps.exif_transpose(image)
+def _upright_size(image: Image) -> tuple[int, int]:
+    turn = _turn(image)
+    upright = image if turn is None else image.transpose(turn)
+    return upright.height, upright.width
 
 
 def _image_column(table: Table) -> str:
