@@ -23,9 +23,10 @@ from forwardgrad._errors import InputError
 LARGEST_GROUP = 2**28
 """Bytes of the largest row group that is read as a whole."""
 
-# Bytes of the row groups that a random order draws from at a time. At most twice as many are held.
+# Bytes and rows of the row groups that a random order draws from at a time, at most.
 _WINDOW = 2**27
-_READERS = 8
+_WINDOW_ROWS = 2**15
+_READERS = 4
 # Row groups that the rows spread over a table are taken from.
 _SPREAD = 8
 
@@ -138,9 +139,11 @@ class ParquetTable(Table):
                 f"row group {i} of {file} has {max(sizes)} bytes, and a stream reads row groups "
                 f"whole: write it with row groups of at most {LARGEST_GROUP}, or leave out --stream"
             )
-        self._window = max(2, round(_WINDOW / np.mean(sizes)))
+        count, total = len(groups), sum(sizes)
+        self._window = max(2, round(count * min(_WINDOW / total, _WINDOW_ROWS / len(self))))
         self._lock = threading.Lock()
-        self._reading = functools.lru_cache(2 * self._window)(self._reader())
+        # At the ends of an epoch, half as many again are in use; the rest is for reading ahead.
+        self._reading = functools.lru_cache(3 * self._window // 2 + 2)(self._reader())
 
     def __len__(self) -> int:
         return int(self._ends[-1])

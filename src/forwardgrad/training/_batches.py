@@ -82,7 +82,7 @@ def make_inputs(config: TrainConfig, data: Dataset) -> Inputs:
 STACK = 32
 """Batches of a streamed set that go to the device at once, at most."""
 
-STACK_BYTES = 2**26
+STACK_BYTES = 2**24
 """Bytes of these batches, at most, unless one alone has more."""
 
 
