@@ -48,12 +48,13 @@ def from_folder(
             test = next((split for split in there if split != "train"), "test")
             return read(paths["train"], stream), read(paths[test], stream)
     if next(folder.rglob("*.parquet"), None):
-        source = str(folder.absolute())
+        source, what = str(folder.absolute()), f"folder {folder}"
         try:
             with _quiet(), _offline():
-                for files in _parquet_files(_builder(source)).values():
-                    read_footers(files)  # `datasets` passes over a shard that is empty or missing
-                return _splits(source, str(folder), test_split, f"folder {folder}", stream)
+                if files := _parquet_files(_builder(source)):
+                    for split in _chosen(files, test_split, what):
+                        read_footers(files[split])  # `datasets` passes over missing ones
+                return _splits(source, str(folder), test_split, what, stream)
         except InputError:
             raise
         except Exception as error:  # readers, README and cache each have their own classes
