@@ -174,11 +174,12 @@ def test_a_signal_leaves_a_checkpoint(whole, tmp_path, monkeypatch, number):
     assert bits(out) == bits(whole)
 
 
-def test_a_streamed_run_resumes_with_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"stream": True, "image_size": 4}])
+def test_a_streamed_run_resumes_with_the_same_bits(tmp_path, monkeypatch, options):
     folder = write_pair(tmp_path / "set", train=60, test=20)
     monkeypatch.setattr(_setup, "load", functools.partial(data.load, resident_limit=0))
     monkeypatch.setattr(_batches, "STACK", 3)
-    settings = {"dataset": str(folder), "batch_size": 8, "epochs": 4, "log_every": 5}
+    settings = {"dataset": str(folder), "batch_size": 8, "epochs": 4, "log_every": 5, **options}
     fit(small(tmp_path / "whole", **settings))
     for step in (2, 9, 20):
         kill_at(monkeypatch, step)

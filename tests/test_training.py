@@ -339,7 +339,7 @@ def streamed(tmp_path):
 
 @pytest.mark.parametrize("stack", [2, 4, 32])
 def test_a_stream_gives_the_same_batches_however_it_is_stacked(streamed, monkeypatch, stack):
-    monkeypatch.setattr(_batches, "STACK", stack)
+    monkeypatch.setattr(_batches, "STACK_BYTES", stack * 8 * 6 * 5)
     expected = list(streamed.train.batches(8, seed=3, epoch=1, drop_remainder=True))
     found = []
     feeds = make_feeds(streamed.train, 8, jax.random.key(0), 3)

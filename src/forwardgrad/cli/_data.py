@@ -54,6 +54,10 @@ class ShowOptions:
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
     label_column: str | None = None
     """Column of the labels, as for train."""
+    image_size: int | None = None
+    """Height and width of the images, as for train."""
+    stream: bool = False
+    """Make no copy in the cache, as for train."""
     augmentation: tyro.conf.OmitArgPrefixes[AugmentationSettings] = SIMCLR
 
 
@@ -72,7 +76,13 @@ def _show(arguments: Sequence[str]) -> int:
     options = parse(ShowOptions, "forwardgrad data show", arguments, description=DESCRIPTION)
     _check(options)
     augmentation = options.augmentation.build()
-    dataset = load(options.dataset, options.data_dir, label_column=options.label_column)
+    dataset = load(
+        options.dataset,
+        options.data_dir,
+        label_column=options.label_column,
+        image_size=options.image_size,
+        stream=options.stream,
+    )
     images, labels = _choose(dataset, options.images, options.seed)
     classes = [dataset.classes[label] for label in labels]
     title = f"{options.dataset}, {options.augmentation.augment}, seed {options.seed}"

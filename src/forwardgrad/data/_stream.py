@@ -1,5 +1,6 @@
 """Batches that are decoded while they are asked for."""
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -12,15 +13,17 @@ from forwardgrad.data._dataset import Batch, ResidentSplit, Share, Split, part_o
 from forwardgrad.data._decode import Rows
 
 _THREADS = min(16, os.cpu_count() or 1)
-# Decoded batches that wait, at most; with those in the threads' hands this bounds the memory.
+# Batches that wait or are being decoded, at most, and their bytes: this bounds the memory.
 _AHEAD = 2 * _THREADS
+_AHEAD_BYTES = 2**29
 _RESIDENT_CHUNK = 512
 
 
 class StreamedSplit(Split):
-    """A split that stays on disk, memory-mapped; threads decode batches ahead of their use.
+    """A split that stays where it is, on disk or far away; threads decode batches ahead of use.
 
     At most a few batches per processor core are decoded at any time, whatever the split's size.
+    Threads, and not processes: most of decoding an image does not hold Python's lock.
 
     **Arguments:**
 
@@ -32,6 +35,11 @@ class StreamedSplit(Split):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        return self._rows.image_shape
 
     def take(self, rows: Int[np.ndarray, " batch"]) -> Batch:
         """These images, decoded, and their labels."""
@@ -73,7 +81,7 @@ class StreamedSplit(Split):
             if value < 0:
                 raise InputError(f"{name} must not be negative, got {value}")
         shuffle_seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-        order = grain.MapDataset.range(len(self)).shuffle(seed=shuffle_seed)
+        order = self._rows.table.shuffled(shuffle_seed)
         return self._decode(order, batch_size, start, drop_remainder, share)
 
     def ordered(self, batch_size: int, *, share: Share = (0, 1)) -> Iterator[Batch]:
@@ -92,7 +100,9 @@ class StreamedSplit(Split):
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         mine = part_of(batch_size, share)
         batches = order.batch(batch_size, drop_remainder=drop_remainder)[start:]
-        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+        ahead = _AHEAD_BYTES // (batch_size * math.prod(self.image_shape))
+        ahead = max(1, min(_AHEAD, ahead))
+        options = grain.ReadOptions(min(_THREADS, ahead), prefetch_buffer_size=ahead)
         decoded = batches.map(lambda rows: self._rows.take(rows[mine]))
         return iter(decoded.to_iter_dataset(options))
 
@@ -105,8 +115,10 @@ def resident(rows: Rows) -> ResidentSplit:
     `InputError` for the first row that does not hold an image of the right size.
     """
     images = np.empty((len(rows), *rows.image_shape), np.uint8)
+    labels = np.empty(len(rows), np.int32)
     filled = 0
-    for chunk, _ in StreamedSplit(rows).ordered(_RESIDENT_CHUNK):
-        images[filled : filled + len(chunk)] = chunk
+    for chunk, of_chunk in StreamedSplit(rows).ordered(_RESIDENT_CHUNK):
+        part = slice(filled, filled + len(chunk))
+        images[part], labels[part] = chunk, of_chunk
         filled += len(chunk)
-    return ResidentSplit(images, rows.labels)
+    return ResidentSplit(images, labels)

@@ -1,39 +1,30 @@
-"""Tables of undecoded rows: from parquet files, folders of images, the Hugging Face hub."""
+"""Where tables are: in parquet files, folders of images, on the Hugging Face hub."""
 
 import contextlib
 import glob
 import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import datasets.config
 import datasets.utils
 import huggingface_hub
 import huggingface_hub.utils
-import pyarrow as pa
-import pyarrow.parquet as pq
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from forwardgrad._errors import InputError
+from forwardgrad.data._access import CachedTable, ParquetTable, Table, read_footers, reason
 
 # Seconds before a hub that does not answer counts as out of reach.
 _HUB_TIMEOUT = 5.0
 _TEST_SPLITS = ("test", "validation", "valid", "val")
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of one split, memory-mapped, and what to call them in messages."""
-
-    rows: datasets.Dataset
-    where: str
-
-
-def from_folder(folder: Path, test_split: str | None = None) -> tuple[Table, Table]:
+def from_folder(
+    folder: Path, test_split: str | None = None, stream: bool = False
+) -> tuple[Table, Table]:
     """Train and test of a folder.
 
     It holds `{train,test}.parquet`, or `{train,test}/CLASS/IMAGE`, or parquet files as the hub has
@@ -42,7 +33,7 @@ def from_folder(folder: Path, test_split: str | None = None) -> tuple[Table, Tab
     **Arguments:**
 
     - `folder`: the folder.
-    - `test_split`: as for `from_hub`.
+    - `test_split`, `stream`: as for `from_hub`.
 
     **Raises:**
 
@@ -55,47 +46,42 @@ def from_folder(folder: Path, test_split: str | None = None) -> tuple[Table, Tab
         there = [split for split in found if not any(paths[split].glob("*.parquet"))]
         if there:
             test = next((split for split in there if split != "train"), "test")
-            return read(paths["train"]), read(paths[test])
+            return read(paths["train"], stream), read(paths[test], stream)
     if next(folder.rglob("*.parquet"), None):
+        source, what = str(folder.absolute()), f"folder {folder}"
         try:
             with _quiet(), _offline():
-                splits = _load(str(folder.absolute()))
+                if files := _parquet_files(_builder(source)):
+                    for split in _chosen(files, test_split, what):
+                        read_footers(files[split])  # `datasets` passes over missing ones
+                return _splits(source, str(folder), test_split, what, stream)
+        except InputError:
+            raise
         except Exception as error:  # readers, README and cache each have their own classes
             raise InputError(
-                f"folder {folder} cannot be loaded: {_reason(error).rstrip('.')}; a folder inside "
+                f"folder {folder} cannot be loaded: {reason(error).rstrip('.')}; a folder inside "
                 "of it may be meant, or put train.parquet and test.parquet there"
             ) from error
-        return _chosen(splits, test_split, f"folder {folder}", str(folder))
     raise InputError(
         f"folder {folder} holds no data set: put train.parquet and test.parquet there, "
         "or folders train and test with a folder of images for each class"
     )
 
 
-def from_parquet(path: Path) -> Table:
+def from_parquet(path: Path, stream: bool = False) -> Table:
     """The rows of one parquet file, once it has been seen to be one."""
     if not path.is_file():
         raise InputError(f"file {path} is missing: put the {path.stem} rows there, as parquet")
-    try:
-        rows = pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"file {path} is not a complete parquet file (truncated?): {_reason(error)}"
-        ) from error
-    if rows == 0:
-        raise no_rows(str(path))
-    return _read("parquet", path, path)
+    footers = read_footers([str(path)])
+    return ParquetTable(footers, str(path)) if stream else _read("parquet", path, path)
 
 
-def no_rows(where: str) -> InputError:
-    """The error for an empty split."""
-    return InputError(f"{where} has no rows; expected at least one image with its label")
-
-
-def from_images(folder: Path) -> Table:
+def from_images(folder: Path, stream: bool = False) -> Table:
     """The images of a folder that holds one folder of them for each class."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} is missing: put a folder of images for each class there")
+    if stream:
+        raise _no_parquet(str(folder))
     return _read("imagefolder", folder, folder / "**")
 
 
@@ -104,16 +90,21 @@ def _read(builder: str, source: Path, files: Path) -> Table:
     try:
         # Online, even a local file makes `datasets` report to the hub that it is being read.
         with _quiet(), _offline():
-            rows = _load(builder, data_files={"train": pattern}, split="train")
+            _check_cache()
+            rows = datasets.load_dataset(builder, data_files={"train": pattern}, split="train")
+    except InputError:
+        raise
     except Exception as error:  # readers, decompressors and the cache each have their own classes
         raise InputError(
             f"{source} cannot be loaded as {builder} through the cache "
-            f"{datasets.config.HF_DATASETS_CACHE}: {_reason(error)}"
+            f"{datasets.config.HF_DATASETS_CACHE}: {reason(error)}"
         ) from error
-    return Table(rows, str(source))
+    return CachedTable(rows, str(source))
 
 
-def from_hub(name: str, repository: str, test_split: str | None = None) -> tuple[Table, Table]:
+def from_hub(
+    name: str, repository: str, test_split: str | None = None, stream: bool = False
+) -> tuple[Table, Table]:
     """Train and test of a data set on the Hugging Face hub, or of its copy in the local cache.
 
     No code is downloaded: the package asks for `datasets` >= 4, which only reads data files.
@@ -124,39 +115,83 @@ def from_hub(name: str, repository: str, test_split: str | None = None) -> tuple
     - `repository`: its name on the hub, `"owner/name"`.
     - `test_split`: what the hub calls the test split; None: the first of `test`, `validation`
         and `valid` that there is.
+    - `stream`: read parquet files where they are, and make no copy.
 
     **Raises:**
 
     `InputError` if the hub has no such data set, cannot be reached within a few seconds and the
-    cache does not have it either, or has no train and test split.
+    cache does not have it either, has no train and test split, or has no parquet files to stream.
     """
+    what = f"dataset {name!r} on the Hugging Face hub"
     with _quiet():
         reachable = _hub_has(repository)
+        if stream and not reachable:
+            raise InputError(
+                f"dataset {name!r}: the Hugging Face hub ({datasets.config.HF_ENDPOINT}) cannot be "
+                "reached to stream from; leave out --stream to use what the local cache has"
+            )
         try:
             with contextlib.nullcontext() if reachable else _offline():
-                splits = _load(repository)
+                return _splits(repository, repository, test_split, what, stream)
+        except InputError:
+            raise
         except Exception as error:  # network, disk, parser: each has its own classes
             raise _hub_error(name, repository, reachable, error) from error
-    return _chosen(splits, test_split, f"dataset {name!r} on the Hugging Face hub", repository)
 
 
-def _chosen(
-    splits: datasets.DatasetDict, test_split: str | None, what: str, where: str
+def _splits(
+    source: str, where: str, test_split: str | None, what: str, stream: bool
 ) -> tuple[Table, Table]:
-    """The train split, and of the others the given one, or the first that is for tests."""
-    test = next((s for s in (test_split, *_TEST_SPLITS) if s in splits), "test")
-    missing = [split for split in ("train", test) if split not in splits]
-    if missing:
-        raise InputError(f"{what} has no split {missing[0]!r}, only {', '.join(map(str, splits))}")
-    train, test = (Table(splits[s], f"split {s!r} of {where}") for s in ("train", test))
+    """Train and test of a folder or a repository, in which `datasets` looks for the files."""
+    if stream:
+        builder = _builder(source)
+        files = _parquet_files(builder)
+        if not files:
+            raise _no_parquet(where)
+        names = _chosen(files, test_split, what)
+        found = [
+            ParquetTable(read_footers(files[s]), f"split {s!r} of {where}", builder.info.features)
+            for s in names
+        ]
+    else:
+        _check_cache()
+        splits = datasets.load_dataset(source)
+        names = _chosen(map(str, splits), test_split, what)
+        found = [CachedTable(splits[s], f"split {s!r} of {where}") for s in names]
+    train, test = found
     return train, test
 
 
-def _load(*arguments: str, **options: Any) -> Any:
-    """`datasets.load_dataset`, once it is known that there is a place for its cache."""
+def _chosen(splits: Iterable[str], test_split: str | None, what: str) -> tuple[str, str]:
+    """The train split, and of the others the given one, or the first that is for tests."""
+    there = [*splits]
+    test = next((s for s in (test_split, *_TEST_SPLITS) if s in there), "test")
+    for split in ("train", test):
+        if split not in there:
+            raise InputError(f"{what} has no split {split!r}, only {', '.join(there)}")
+    return "train", test
+
+
+def _builder(source: str) -> datasets.DatasetBuilder:
+    _check_cache()
+    return datasets.load_dataset_builder(source)
+
+
+def _parquet_files(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    """The files of each split, if they are parquet."""
+    splits = {str(split): [*files] for split, files in (builder.config.data_files or {}).items()}
+    plain = all(file.endswith(".parquet") for files in splits.values() for file in files)
+    return splits if plain else {}
+
+
+def _no_parquet(where: str) -> InputError:
+    return InputError(f"stream is for parquet files, which {where} does not have: leave it out")
+
+
+def _check_cache() -> None:
+    """Raise an `InputError` if there is no place for the cache of `datasets`."""
     if str(datasets.config.HF_DATASETS_CACHE).startswith("~"):
         raise InputError("no home folder is known for the cache of data sets: set HOME or HF_HOME")
-    return datasets.load_dataset(*arguments, **options)
 
 
 def _hub_has(repository: str) -> bool:
@@ -178,21 +213,13 @@ def _hub_error(name: str, repository: str, reachable: bool, error: Exception) ->
     if reachable:
         return InputError(
             f"dataset {name!r} ({repository} on the Hugging Face hub) cannot be loaded: "
-            f"{_reason(error)}"
+            f"{reason(error)}"
         )
     return InputError(
         f"dataset {name!r}: the Hugging Face hub ({datasets.config.HF_ENDPOINT}) cannot be reached "
         f"and its local cache has no copy; put {name}/train.parquet and {name}/test.parquet into a "
         "folder and name that folder with --data-dir, data_dir= or FORWARDGRAD_DATA"
     )
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the error that began it all."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

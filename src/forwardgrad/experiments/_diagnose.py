@@ -51,6 +51,10 @@ class DiagnoseOptions:
     """Folder of diagnosis.json and diagnosis.png."""
     label_column: str | None = None
     """Column of the labels, as for train."""
+    image_size: int | None = None
+    """Height and width of the images, as for train."""
+    stream: bool | None = None
+    """Make no copy in the cache, as for train."""
     data_dir: Path | None = None
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
 
@@ -93,12 +97,12 @@ def _settings(
     options: DiagnoseOptions,
 ) -> tuple[dict[str, Any], dict[str, Any], eqx.Module | None]:
     """The options of the run, those that are given, and the stored network, if any."""
-    names = ("batch_size", "data_dir", "dataset", "label_column", "network")
-    names += ("seed", "tangents", "task")
+    names = ("batch_size", "data_dir", "dataset", "image_size", "label_column", "network")
+    names += ("seed", "stream", "tangents", "task")
     given = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
     if options.run is None:
         return {"algorithm": "fg-w", "batch_size": BATCH_SIZE}, given, None
-    for name in ("task", "dataset", "label_column", "network", "seed"):
+    for name in ("task", "dataset", "label_column", "image_size", "stream", "network", "seed"):
         if name in given:
             raise InputError(f"{name} (={given[name]}) is set by the run in {options.run}")
     config, network = load_run(options.run, data_dir=options.data_dir)

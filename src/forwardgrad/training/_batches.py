@@ -1,6 +1,7 @@
 """What a network gets to see: feeds of the compiled loop, inputs, and what is tested on."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import equinox as eqx
@@ -86,7 +87,10 @@ def make_inputs(config: TrainConfig, data: Dataset) -> Inputs:
 
 
 STACK = 32
-"""Batches of a streamed set that go to the device at once."""
+"""Batches of a streamed set that go to the device at once, at most."""
+
+STACK_BYTES = 2**24
+"""Bytes of these batches, at most, unless one alone has more."""
 
 
 Feeds = Callable[[int, int], Iterator[tuple[Feed, int, int]]]
@@ -113,6 +117,8 @@ def _resident(
 
 def _streamed(split: StreamedSplit, batch_size: int, seed: int, devices: Devices) -> Feeds:
     """Stacks of batches, decoded ahead of the devices' work, by each process for its own."""
+    possible = STACK_BYTES // (batch_size * math.prod(split.image_shape))
+    size = max(1, min(STACK, possible))
 
     def feeds(epoch: int, start: int) -> Iterator[tuple[Feed, int, int]]:
         batches = split.batches(
@@ -123,9 +129,9 @@ def _streamed(split: StreamedSplit, batch_size: int, seed: int, devices: Devices
             drop_remainder=True,
             share=devices.share,
         )
-        while stack := list(itertools.islice(batches, STACK)):
+        while stack := list(itertools.islice(batches, size)):
             # A short stack is filled up, so that one compiled loop serves all.
-            full = [*stack, *[stack[-1]] * (STACK - len(stack))]
+            full = [*stack, *[stack[-1]] * (size - len(stack))]
             parts = (np.stack(part) for part in zip(*full, strict=True))
             yield Feed(*devices.cut(tuple(parts), axis=1)), 0, len(stack)
 

@@ -147,6 +147,11 @@ class TrainConfig(Settings):
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
     label_column: str | None = None
     """Column of the labels. Default: label, else the first of classes, or the only of integers."""
+    image_size: Count | None = None
+    """Height and width that images are cropped (to the square in the middle) and resized to.
+    Default: as they are; 224 for imagenet, if they differ in size."""
+    stream: bool = False
+    """Read parquet files in place, on this machine or the hub, and make no copy in the cache."""
     resume: bool = False
     """Continue the run in --out, or start it if there is none."""
     batch_size: Count = 64

@@ -95,7 +95,13 @@ class Setup:
         _check_divides(config, devices)
         seed = jax.random.key(config.seed)
         weights_key, order_key, step_key = jax.random.split(seed, 3)
-        self.data = load(config.dataset, config.data_dir, label_column=config.label_column)
+        self.data = load(
+            config.dataset,
+            config.data_dir,
+            label_column=config.label_column,
+            image_size=config.image_size,
+            stream=config.stream,
+        )
         network = build_network(config, self.data, weights_key)
         params, self._static = eqx.partition(network, eqx.is_inexact_array)
         self.objective, self.estimator = config.objective, config.estimator
