@@ -11,7 +11,7 @@ import forwardgrad as fg
 from forwardgrad.rewrite import Hooks, Program
 from test_activity_perturbation import assert_unbiased, flat
 from test_axes import check
-from token_models import EXAMPLES, MODELS, TOKENS
+from token_models import EXAMPLES, INPUTS, MODELS, TOKENS, of_logits, weights
 
 # Which axes are found
 
@@ -34,7 +34,7 @@ def made(name):
 
 def named(path):
     """`blocks`, `[1]`, `out`, `kernel`: the parts of a parameter's path, without libraries' own."""
-    text = path.replace(".value", "").replace("'", "").replace("]", "").replace("[", ".")
+    text = path.removesuffix(".value").replace("'", "").replace("]", "").replace("[", ".")
     return [part for part in text.split(".") if part]
 
 
@@ -170,3 +170,167 @@ def test_direct_feedback_sends_an_error_to_its_own_token():
             values = jnp.linalg.svd(kernel[...], compute_uv=False)
             assert values[0] > 0
             assert values[1] < 1e-5 * values[0]
+
+
+# What mixes tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_credit_from_later_tokens_alone_has_no_bias_in_a_causal_model(name):
+    found = errors(name, fg.ActivityPerturbation(mixing="causal"))
+    assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_step_of_reverse_mode_has_no_bias(name):
+    found = errors(name, fg.ActivityPerturbation(mixing="causal", exact_mixing=True))
+    assert max(found.values()) < 1e-4, found
+
+
+def test_one_step_of_reverse_mode_has_no_bias_by_finite_differences():
+    found = errors("Equinox", fg.NodePerturbation(step=1e-7, exact_mixing=True), "float64")
+    assert max(found.values()) < 1e-4, found
+
+
+REVERSED = {
+    "NNX": "query, key, value, norm1",
+    "NNX, own attention": "fused, scale",
+    "Equinox": "query_proj, key_proj, value_proj",
+    "Mamba": "in, conv, write, step, step bias, decay",
+    "recurrence": "in, state",
+}
+
+
+@pytest.mark.parametrize("name", REVERSED)
+def test_reverse_mode_takes_one_step(name):
+    losses, params, _ = made(name)
+    found = set()
+    for row in fg.explain(losses, fg.ActivityPerturbation(exact_mixing=True), params).rows:
+        skipped = ("blocks", "attention", "0", "1")
+        if row.how == "reverse":
+            found.add(next(p for p in named(row.path) if p not in skipped))
+    assert found == set(REVERSED[name].split(", "))
+
+
+def encoder_and_decoder(p):
+    """All tokens of the encoder go into every later one of the decoder, by its keys and values."""
+    x = p["words"][INPUTS]
+    encoded = jnp.tanh(jnp.tanh(x @ p["encoder"]) @ p["encoder2"])
+    scores = jnp.einsum("btd,bsd->bts", x @ p["query"], encoded @ p["key"])
+    mixed = jax.nn.softmax(scores) @ (encoded @ p["value"])
+    return of_logits(jnp.tanh((x + mixed @ p["out"]) @ p["up"]) @ p["head"])
+
+
+SQUARE = ("encoder", "encoder2", "query", "key", "value", "out", "up")
+PAIR = weights(words=(7, 6), **dict.fromkeys(SQUARE, (6, 6)), head=(6, 7))
+
+
+def test_reverse_mode_does_not_go_on_into_an_encoder():
+    rows = fg.explain(encoder_and_decoder, fg.ActivityPerturbation(exact_mixing=True), PAIR).rows
+    how = {row.path[2:-2]: row.how for row in rows}
+    assert {name for name, kind in how.items() if kind == "reverse"} == {"query", "key", "value"}
+
+
+def running_mean(p, reverse=False):
+    """A first layer, the mean over tokens up to each one, or from each one on, and two others."""
+    z = p["words"][INPUTS] @ p["in"] + p.get("shift", 0.0)
+    mean = jax.lax.cumsum(jnp.tanh(z), axis=1, reverse=reverse)
+    return of_logits(jnp.tanh(mean @ p["out"]) @ p["head"])
+
+
+LAYERS = weights(words=(7, 6), out=(6, 6), head=(6, 7), **{"in": (6, 6)})
+
+
+def mean_estimate(losses, params, estimator):
+    estimate = fg.value_and_grad(losses, in_turn(estimator, losses, params))
+    return jax.jit(lambda p: estimate(p, key=jax.random.key(0))[1])(params)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.6, 1.0])
+def test_discounted_credit_is_the_formula(rate):
+    def by_token(shift):
+        (losses,) = running_mean({**LAYERS, "shift": shift}).terms
+        return losses
+
+    shift = jnp.zeros((EXAMPLES, TOKENS, 6))
+    jacobian = np.asarray(jax.jacrev(by_token)(shift))  # [example, token, example, token, unit]
+    lag = np.arange(TOKENS)[:, None] - np.arange(TOKENS)
+    weight = np.where(lag >= 0, rate ** np.maximum(lag, 0.0), 0)
+    credit = np.einsum("ats,atbsd->bsd", np.broadcast_to(weight, (2, *weight.shape)), jacobian)
+    expected = np.einsum("bsi,bsd->id", LAYERS["words"][INPUTS], credit)
+    found = mean_estimate(running_mean, LAYERS, fg.ActivityPerturbation(mixing=fg.Discounted(rate)))
+    np.testing.assert_allclose(found["in"], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_causal_credit_is_biased_where_the_model_is_not_causal():
+    def losses(p):
+        return running_mean(p, reverse=True)
+
+    exact = jax.grad(lambda p: losses(p).total())(LAYERS)
+
+    def error(estimator):
+        found = mean_estimate(losses, LAYERS, estimator)
+        return jnp.linalg.norm(found["in"] - exact["in"]) / jnp.linalg.norm(exact["in"])
+
+    assert error(fg.ActivityPerturbation()) < 1e-3
+    assert error(fg.ActivityPerturbation(mixing="causal")) > 0.3
+
+
+def test_less_variance():
+    """Of what a recurrence reads: later tokens' changes alone, and one exact step."""
+    exact = jax.grad(lambda p: running_mean(p).total())(LAYERS)["in"]
+    keys = jax.random.split(jax.random.key(5), 1000)
+
+    def error(**options):
+        estimate = fg.value_and_grad(running_mean, fg.ActivityPerturbation(**options))
+        drawn = jax.jit(jax.vmap(lambda key: estimate(LAYERS, key=key)[1]["in"]))(keys)
+        return jnp.sum((drawn - exact) ** 2)
+
+    every, later, step = error(), error(mixing="causal"), error(exact_mixing=True)
+    assert later < 0.7 * every
+    assert step < 0.3 * every
+
+
+def by_example(p):
+    (losses,) = running_mean(p).terms
+    return fg.Losses([jnp.sum(losses, axis=1)], [("example",)])
+
+
+def no_tokens(p):
+    (losses,) = running_mean(p).terms
+    together = jnp.broadcast_to(jnp.mean(losses, axis=1, keepdims=True), losses.shape)
+    return fg.Losses([together], [("example", "token")])
+
+
+def in_a_while_loop(p):
+    def mix(z):
+        return 0.5 * z + 0.5 * jnp.cumsum(z, axis=1)
+
+    z = jnp.tanh(p["words"][INPUTS] @ p["in"])
+    z = jax.lax.while_loop(lambda z: jnp.max(jnp.abs(z)) < 1, mix, z)
+    return of_logits(jnp.tanh(z @ p["out"]) @ p["head"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "message"),
+    [
+        (by_example, {"mixing": "causal"}, "mixing='causal' needs losses with an axis 'token'"),
+        (by_example, {"exact_mixing": True}, "exact_mixing=True needs losses with an axis"),
+        (no_tokens, {"mixing": fg.Discounted(0.5)}, "and it is in none of them"),
+        (no_tokens, {"exact_mixing": True}, "and it is in none of them"),
+        (in_a_while_loop, {"exact_mixing": True}, "which JAX refuses here"),
+    ],
+)
+def test_refusals(losses, options, message):
+    plain = fg.value_and_grad(losses, fg.ActivityPerturbation())
+    plain(LAYERS, key=jax.random.key(0))
+    refused = fg.value_and_grad(losses, fg.ActivityPerturbation(**options))
+    with pytest.raises(fg.InputError, match=message):
+        refused(LAYERS, key=jax.random.key(0))
+
+
+def test_refused_options(unchecked):
+    with pytest.raises(fg.InputError, match="mixing 'later' is unknown"):
+        fg.ActivityPerturbation(**{"mixing": "later"})
+    with pytest.raises(fg.InputError, match=r"rate must be between 0 and 1, got 1\.5"):
+        fg.Discounted(1.5)

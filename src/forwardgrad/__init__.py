@@ -26,6 +26,7 @@ from forwardgrad.estimators import AbstractStatefulEstimator as AbstractStateful
 from forwardgrad.estimators import ActivityPerturbation as ActivityPerturbation
 from forwardgrad.estimators import Backpropagation as Backpropagation
 from forwardgrad.estimators import DirectFeedbackAlignment as DirectFeedbackAlignment
+from forwardgrad.estimators import Discounted as Discounted
 from forwardgrad.estimators import ExplainedParameter as ExplainedParameter
 from forwardgrad.estimators import FeedbackAlignment as FeedbackAlignment
 from forwardgrad.estimators import NodePerturbation as NodePerturbation
@@ -47,6 +48,7 @@ __all__ = [
     "Diagnosis",
     "DiagnosisRow",
     "DirectFeedbackAlignment",
+    "Discounted",
     "Estimation",
     "ExplainedParameter",
     "Explanation",

@@ -11,6 +11,7 @@ from forwardgrad.estimators._direct_feedback_alignment import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )
 from forwardgrad.estimators._feedback_alignment import FeedbackAlignment as FeedbackAlignment
+from forwardgrad.estimators._mixing import Discounted as Discounted
 from forwardgrad.estimators._node_perturbation import NodePerturbation as NodePerturbation
 from forwardgrad.estimators._scalars import Scalars as Scalars
 from forwardgrad.estimators._weight_perturbation import WeightPerturbation as WeightPerturbation
@@ -22,6 +23,7 @@ __all__ = [
     "ActivityPerturbation",
     "Backpropagation",
     "DirectFeedbackAlignment",
+    "Discounted",
     "ExplainedParameter",
     "FeedbackAlignment",
     "NodePerturbation",

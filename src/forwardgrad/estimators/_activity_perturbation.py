@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import Objective
 from forwardgrad.estimators._distributions import Distribution
+from forwardgrad.estimators._mixing import Mixing
 from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities, Evaluate
 from forwardgrad.estimators._steering import over_tangents
 from forwardgrad.rewrite import Program
@@ -44,11 +45,21 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     - `distribution`: of the tangents' entries: `"rademacher"`, `"normal"`, or `"sphere"` (every
         activation's tangent scaled as one vector).
     - `chunk`: how many tangents are computed at a time; see `WeightPerturbation`.
+    - `mixing`: what an activation is credited with that changes other tokens' losses too, where
+        losses have an axis `"token"`: the change of `"all"` tokens' losses; of its own and later
+        tokens' with `"causal"`, which has no bias if an activation changes no earlier token's loss,
+        as in a causal decoder (this is not checked); or of later ones the less, the later they are,
+        [`forwardgrad.Discounted`][], which has a bias.
+    - `exact_mixing`: do not perturb what attention or a recurrence mixes, such as queries, keys and
+        values. The estimate for the next layer's activation is taken back to them through this
+        one step, by reverse mode. It has no bias, and much less variance.
 
     **Raises:**
 
     `InputError` where an argument is out of range; when called, if losses have an axis of examples
-    and it is unclear which axis of an activation is theirs.
+    and it is unclear which axis of an activation is theirs; if `mixing` or `exact_mixing` is set
+    and losses have no axis `"token"`, or no activation has one; with `exact_mixing`, if what mixes
+    tokens has no reverse mode.
 
     ??? cite "Reference"
 
@@ -71,6 +82,8 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     tangents: int = 1
     distribution: Distribution = "rademacher"
     chunk: int | None = None
+    mixing: Mixing = "all"
+    exact_mixing: bool = False
 
     def _program(self, fun: Objective, params: PyTree[Array]) -> Program:
         return Program(fun, params, twice=True)

@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import Objective
 from forwardgrad.estimators._distributions import Distribution
+from forwardgrad.estimators._mixing import Mixing
 from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities, Evaluate
 from forwardgrad.rewrite import Program
 
@@ -47,6 +48,7 @@ class NodePerturbation(AbstractPerturbedActivities):
     - `distribution`: of the noise's entries: `"rademacher"`, `"normal"`, or `"sphere"`.
     - `chunk`: how many of them are evaluated at a time; all by default. Each chunk has one
         evaluation more, without noise.
+    - `mixing`, `exact_mixing`: as for `ActivityPerturbation`.
 
     **Raises:**
 
@@ -75,6 +77,8 @@ class NodePerturbation(AbstractPerturbedActivities):
     step: float = 1e-2
     distribution: Distribution = "rademacher"
     chunk: int | None = None
+    mixing: Mixing = "all"
+    exact_mixing: bool = False
 
     def __check_init__(self):
         if not 0 < self.step < float("inf"):

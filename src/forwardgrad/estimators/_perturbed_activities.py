@@ -1,7 +1,8 @@
 """Gradients layer by layer, from what the losses do when activations are perturbed."""
 
 import abc
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -9,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from forwardgrad._errors import unknown_name
+from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._losses import Losses
 from forwardgrad.estimators._base import AbstractEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import DISTRIBUTIONS, Distribution, draw, portable
+from forwardgrad.estimators._mixing import TOKEN, Mixing, check_mixing, check_tokens
 from forwardgrad.estimators._steering import (
     check_counts,
     check_no_refs,
@@ -52,8 +54,11 @@ class AbstractPerturbedActivities(AbstractEstimator):
     tangents: eqx.AbstractVar[int]
     distribution: eqx.AbstractVar[Distribution]
     chunk: eqx.AbstractVar[int | None]
+    mixing: eqx.AbstractVar[Mixing]
+    exact_mixing: eqx.AbstractVar[bool]
 
     def __check_init__(self):
+        check_mixing(self)
         if self.distribution not in DISTRIBUTIONS:
             raise unknown_name("distribution", str(self.distribution), DISTRIBUTIONS)
         check_counts(self, "tangents", "chunk")
@@ -86,6 +91,8 @@ class AbstractPerturbedActivities(AbstractEstimator):
         program = self._program(fun, params)
         check_one_by_one(program, type(self).__name__)
         check_no_refs(program, type(self).__name__)
+        if self.mixing != "all":
+            check_tokens(program, f"mixing={self.mixing!r}")
         grads = [jnp.zeros_like(leaf) for leaf in program.leaves]
         base = portable(key)
 
@@ -102,7 +109,11 @@ class AbstractPerturbedActivities(AbstractEstimator):
             gradients = [self._gradient(a, changes, own, program) for a in noted]
             return writes, pullback((jnp.ones_like(total), gradients))[0]
 
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with (
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+            _refusing_reverse(self.exact_mixing),
+        ):
             terms, aux, results = program.stage_by_stage(run)
             for stage, of_stage in zip(program.stages, results, strict=True):
                 for i, grad in zip(stage.leaves, of_stage, strict=True):
@@ -125,10 +136,11 @@ class AbstractPerturbedActivities(AbstractEstimator):
         several), what is known of the activations, and all that the stage computes.
         """
         places = program.terms_of(stage)
+        not_perturbed = self._not_perturbed(program)
 
         def evaluate(eps, k, held=None):
             def perturb(activation):
-                if activation.last:
+                if activation.last or activation.variable in not_perturbed:
                     return activation.value
                 if eps is None:
                     return jax.lax.stop_gradient(activation.value)
@@ -137,7 +149,8 @@ class AbstractPerturbedActivities(AbstractEstimator):
 
             walk = LayerWalk(program.plan, Hooks(activation=perturb, held=held))
             writes = walk.arrays(stage.jaxpr, (), [*leaves, *reads])
-            inner = [a for a in walk.noted.activations if not a.last]
+            noted = [a for a in walk.noted.activations if a.variable not in not_perturbed]
+            inner = [a for a in noted if not a.last]
             return [writes[i] for i in places.values()], (writes, inner)
 
         (writes, noted), changes = self._changes(evaluate, program)
@@ -146,6 +159,13 @@ class AbstractPerturbedActivities(AbstractEstimator):
         total = sum([total_of(writes[i]) for i in places.values()], start=jnp.zeros(()))
         by_term = [dict(zip(places, changes, strict=True)).get(i) for i in range(program.terms)]
         return (total, [a.value for a in noted]), (program.losses(by_term), noted, writes)
+
+    def _not_perturbed(self, program: Program) -> frozenset[Any]:
+        """The activations that reverse mode goes through, from the next ones that are perturbed."""
+        if not self.exact_mixing:
+            return frozenset()
+        check_tokens(program, "exact_mixing=True")
+        return program.mixing_steps(TOKEN)
 
     def _tangent(
         self, key: Key[Array, ""], activation: Activation, k: Array, scale: Any = 1.0
@@ -162,7 +182,7 @@ class AbstractPerturbedActivities(AbstractEstimator):
         """The estimate of the losses' derivative by an activation."""
 
         def along(k, changes):
-            scale = influenced(activation, changes, program)
+            scale = influenced(activation, changes, program, self.mixing)
             loops = activation.value.shape[: activation.stacked]
             scale = jnp.broadcast_to(scale, (*loops, *scale.shape[activation.stacked :]))
             return activation.each(
@@ -181,6 +201,22 @@ class AbstractPerturbedActivities(AbstractEstimator):
         return placed_like(estimate, activation.value)
 
 
+@contextlib.contextmanager
+def _refusing_reverse(exact_mixing: bool) -> Iterator[None]:
+    """A sentence for what mixes tokens and has no reverse mode."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # what a derivative rule raises can be anything
+        if not exact_mixing:
+            raise
+        raise InputError(
+            "exact_mixing=True needs the reverse mode of what mixes tokens, which JAX refuses here "
+            f"({str(error).splitlines()[0]}); leave it out"
+        ) from error
+
+
 def _key_after(results: Any, key: Key[Array, ""]) -> Key[Array, ""]:
     """`key`, but for XLA not to be had before `results`."""
     (data,) = after(results, [jax.random.key_data(key)])
@@ -191,4 +227,5 @@ def _key_after(results: Any, key: Key[Array, ""]) -> Key[Array, ""]:
 def _(
     estimator: AbstractPerturbedActivities, fun: Objective, params: PyTree
 ) -> list[ExplainedParameter]:
-    return by_layer(estimator._program(fun, params), params, "activation")
+    program = estimator._program(fun, params)
+    return by_layer(program, params, "activation", estimator._not_perturbed(program))

@@ -37,6 +37,7 @@ from forwardgrad.rewrite._primitives import (
 )
 from forwardgrad.rewrite._rows import Lookup, lookups
 from forwardgrad.rewrite._stages import Stage, after, stages
+from forwardgrad.rewrite._steps import mixing_steps
 from forwardgrad.rewrite._trace import inline, trace
 from forwardgrad.rewrite._walk import Roles, Sketch
 from forwardgrad.rewrite._workers import collectives
@@ -97,6 +98,7 @@ class Program:
         self._forward = forward
         self._given = getattr(fun, "given", ())
         self._towards: dict[Var, dict[Var, Places]] = {}
+        self._steps: dict[str, frozenset[Var]] = {}
 
     def stage_by_stage(
         self, run: Callable[[Stage, int, list[jax.Array]], tuple[Sequence[jax.Array], Any]]
@@ -152,9 +154,19 @@ class Program:
     @functools.cached_property
     def plan(self) -> Plan:
         """Its layers and activations."""
-        losses = self._losses_treedef.unflatten([None] * self.terms)
-        axes = losses.axes if isinstance(losses, Losses) else ((),) * self.terms
-        return Plan(self._closed, axes, self._given, self.collectives, self._forward)
+        return Plan(self._closed, self.axes, self._given, self.collectives, self._forward)
+
+    @property
+    def axes(self) -> Sequence[Sequence[str]]:
+        """For each term of the losses, the names of its axes."""
+        losses = self.losses([None] * self.terms)
+        return losses.axes if isinstance(losses, Losses) else ((),) * self.terms
+
+    def mixing_steps(self, name: str) -> frozenset[Var]:
+        """The activations that something mixes along an axis before the next layer is reached."""
+        if name not in self._steps:
+            self._steps[name] = mixing_steps(self._closed, self.plan, self.axes, name)
+        return self._steps[name]
 
     def places_towards(self, variable: Var) -> dict[Var, Places]:
         """Where in all other variables the axes of one are, called "0", "1" and so on.
