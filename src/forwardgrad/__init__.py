@@ -25,6 +25,7 @@ from forwardgrad.estimators import AbstractEstimator as AbstractEstimator
 from forwardgrad.estimators import AbstractStatefulEstimator as AbstractStatefulEstimator
 from forwardgrad.estimators import ActivityPerturbation as ActivityPerturbation
 from forwardgrad.estimators import Backpropagation as Backpropagation
+from forwardgrad.estimators import BalancedTangents as BalancedTangents
 from forwardgrad.estimators import DirectFeedbackAlignment as DirectFeedbackAlignment
 from forwardgrad.estimators import Discounted as Discounted
 from forwardgrad.estimators import ExplainedParameter as ExplainedParameter
@@ -45,6 +46,7 @@ __all__ = [
     "AbstractStatefulEstimator",
     "ActivityPerturbation",
     "Backpropagation",
+    "BalancedTangents",
     "Diagnosis",
     "DiagnosisRow",
     "DirectFeedbackAlignment",

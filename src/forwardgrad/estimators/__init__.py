@@ -4,6 +4,7 @@ from forwardgrad.estimators._activity_perturbation import (
     ActivityPerturbation as ActivityPerturbation,
 )
 from forwardgrad.estimators._backpropagation import Backpropagation as Backpropagation
+from forwardgrad.estimators._balanced_tangents import BalancedTangents as BalancedTangents
 from forwardgrad.estimators._base import AbstractEstimator as AbstractEstimator
 from forwardgrad.estimators._base import AbstractStatefulEstimator as AbstractStatefulEstimator
 from forwardgrad.estimators._credit import ExplainedParameter as ExplainedParameter
@@ -22,6 +23,7 @@ __all__ = [
     "AbstractStatefulEstimator",
     "ActivityPerturbation",
     "Backpropagation",
+    "BalancedTangents",
     "DirectFeedbackAlignment",
     "Discounted",
     "ExplainedParameter",

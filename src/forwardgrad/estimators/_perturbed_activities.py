@@ -43,6 +43,10 @@ activations. `eps` is None where nothing moves; `held` is that of `Hooks`.
 """
 
 
+Scales: TypeAlias = Callable[[Activation], Array]
+"""How long an activation's tangents are, in one iteration of the loops around it."""
+
+
 class AbstractPerturbedActivities(AbstractEstimator):
     """What estimators have in common that perturb activations.
 
@@ -88,7 +92,12 @@ class AbstractPerturbedActivities(AbstractEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value and an estimate of its gradient."""
         assert key is not None
-        program = self._program(fun, params)
+        return self._by_scales(self._program(fun, params), key, None)
+
+    def _by_scales(
+        self, program: Program, key: Key[Array, ""], scales: Scales | None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        """The same, with activations whose tangents are scaled: `d u / s` for a tangent `s u`."""
         check_one_by_one(program, type(self).__name__)
         check_no_refs(program, type(self).__name__)
         if self.mixing != "all":
@@ -102,11 +111,11 @@ class AbstractPerturbedActivities(AbstractEstimator):
             own = _key_after(reads, base)
             # Every activation is cut off from what uses it: reverse mode sees one layer at a time.
             (total, _), pullback, (changes, noted, writes) = jax.vjp(
-                lambda leaves: self._forward(program, stage, reads, own, leaves),
+                lambda leaves: self._forward(program, stage, reads, own, leaves, scales),
                 [program.leaves[i] for i in stage.leaves],
                 has_aux=True,
             )
-            gradients = [self._gradient(a, changes, own, program) for a in noted]
+            gradients = [self._gradient(a, changes, own, program, scales) for a in noted]
             return writes, pullback((jnp.ones_like(total), gradients))[0]
 
         with (
@@ -129,6 +138,7 @@ class AbstractPerturbedActivities(AbstractEstimator):
         reads: Sequence[Any],
         key: Key[Array, ""],
         leaves: list[Array],
+        scales: Scales | None,
     ):
         """A stage's total and activations, and what is not to be differentiated.
 
@@ -144,7 +154,8 @@ class AbstractPerturbedActivities(AbstractEstimator):
                     return activation.value
                 if eps is None:
                     return jax.lax.stop_gradient(activation.value)
-                tangent = self._tangent(activation.site.key(key), activation, k)
+                scale = 1.0 if scales is None else scales(activation)
+                tangent = self._tangent(activation.site.key(key), activation, k, scale)
                 return self._moved(eps, activation.value, tangent)
 
             walk = LayerWalk(program.plan, Hooks(activation=perturb, held=held))
@@ -177,17 +188,25 @@ class AbstractPerturbedActivities(AbstractEstimator):
         return u if activation.mask is None else jnp.where(activation.mask, u, 0)
 
     def _gradient(
-        self, activation: Activation, changes: Losses, key: Key[Array, ""], program: Program
+        self,
+        activation: Activation,
+        changes: Losses,
+        key: Key[Array, ""],
+        program: Program,
+        scales: Scales | None,
     ) -> Array:
         """The estimate of the losses' derivative by an activation."""
+
+        def of_one(a, k, scale):
+            return self._tangent(
+                a.site.key(key), a, k, scale if scales is None else scale / scales(a)
+            )
 
         def along(k, changes):
             scale = influenced(activation, changes, program, self.mixing)
             loops = activation.value.shape[: activation.stacked]
             scale = jnp.broadcast_to(scale, (*loops, *scale.shape[activation.stacked :]))
-            return activation.each(
-                lambda a, scale: self._tangent(a.site.key(key), a, k, scale), scale
-            )
+            return activation.each(lambda a, scale: of_one(a, k, scale), scale)
 
         if self.distribution == "rademacher":
             # Signs are drawn again when they are needed; XLA would otherwise keep them.
