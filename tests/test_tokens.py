@@ -198,7 +198,7 @@ REVERSED = {
     "NNX": "query, key, value, norm1",
     "NNX, own attention": "fused, scale",
     "Equinox": "query_proj, key_proj, value_proj",
-    "Mamba": "in, conv, write, step, step bias, decay",
+    "Mamba": "in, conv, write, read, step, step bias, decay",
     "recurrence": "in, state",
 }
 
@@ -231,6 +231,30 @@ def test_reverse_mode_does_not_go_on_into_an_encoder():
     rows = fg.explain(encoder_and_decoder, fg.ActivityPerturbation(exact_mixing=True), PAIR).rows
     how = {row.path[2:-2]: row.how for row in rows}
     assert {name for name, kind in how.items() if kind == "reverse"} == {"query", "key", "value"}
+
+
+def query_by_query(p):
+    """Attention that a loop computes, one token's at a time."""
+    x = p["words"][INPUTS]
+    keys, values = x @ p["key"], x @ p["value"]
+
+    def attend(now):
+        query, i = now
+        scores = jnp.where(jnp.arange(TOKENS) <= i, jnp.einsum("bd,bsd->bs", query, keys), -1e9)
+        return jnp.einsum("bs,bsd->bd", jax.nn.softmax(scores), values)
+
+    queries = jnp.swapaxes(x @ p["query"], 0, 1)
+    mixed = jnp.swapaxes(jax.lax.map(attend, (queries, jnp.arange(TOKENS))), 0, 1)
+    return of_logits(jnp.tanh((x + mixed @ p["out"]) @ p["up"]) @ p["head"])
+
+
+def test_reverse_mode_goes_through_a_loop_over_queries():
+    estimator = fg.ActivityPerturbation(mixing="causal", exact_mixing=True)
+    rows = fg.explain(query_by_query, estimator, PAIR).rows
+    assert {row.path[2:-2] for row in rows if row.how == "reverse"} == {"query", "key", "value"}
+    exact = jax.grad(lambda p: query_by_query(p).total())(PAIR)
+    found = errors_of(exact, mean_estimate(query_by_query, PAIR, estimator))
+    assert max(found.values()) < 1e-4, found
 
 
 def running_mean(p, reverse=False):
@@ -304,6 +328,14 @@ def no_tokens(p):
     return fg.Losses([together], [("example", "token")])
 
 
+def all_mixed(p):
+    """As a stack of convolutions over the tokens."""
+    x = p["words"][INPUTS]
+    for name in ("in", "out"):
+        x = jnp.tanh(jnp.cumsum(x, axis=1) @ p[name])
+    return of_logits(jnp.cumsum(x, axis=1) @ p["head"])
+
+
 def in_a_while_loop(p):
     def mix(z):
         return 0.5 * z + 0.5 * jnp.cumsum(z, axis=1)
@@ -320,6 +352,7 @@ def in_a_while_loop(p):
         (by_example, {"exact_mixing": True}, "exact_mixing=True needs losses with an axis"),
         (no_tokens, {"mixing": fg.Discounted(0.5)}, "and it is in none of them"),
         (no_tokens, {"exact_mixing": True}, "and it is in none of them"),
+        (all_mixed, {"exact_mixing": True}, "exact_mixing=True would be backpropagation here"),
         (in_a_while_loop, {"exact_mixing": True}, "which JAX refuses here"),
     ],
 )

@@ -176,7 +176,15 @@ class AbstractPerturbedActivities(AbstractEstimator):
         if not self.exact_mixing:
             return frozenset()
         check_tokens(program, "exact_mixing=True")
-        return program.mixing_steps(TOKEN)
+        plan, found = program.plan, program.mixing_steps(TOKEN)
+        hidden = [v for v in plan.outputs if plan.terms(v) and not plan.is_last(v)]
+        if hidden and found.issuperset(hidden):
+            raise InputError(
+                "exact_mixing=True would be backpropagation here: all activations below the last "
+                "layers are mixed with those of other tokens at once; leave it out, or use "
+                "Backpropagation()"
+            )
+        return found
 
     def _tangent(
         self, key: Key[Array, ""], activation: Activation, k: Array, scale: Any = 1.0

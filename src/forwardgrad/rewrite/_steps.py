@@ -81,9 +81,8 @@ class _Steps(NamedAxes):
         self.found[atom] = self._starts[atom]
         return None
 
-    def through(self, eqn: JaxprEqn, outs: Sequence[Places | None]) -> Sequence[Places | None]:
-        """By the primitive's rule."""
-        found = super().through(eqn, outs)
+    def _equation(self, eqn: JaxprEqn, outs: Sequence[Places | None]) -> Sequence[Places | None]:
+        found = super()._equation(eqn, outs)
         kept = {key for places in outs for key, p in (places or {}).items() if not p.mixed}
         for atom, places in zip(eqn.invars, found, strict=True):
             mixed = any(p.mixed and key in kept for key, p in (places or {}).items())
@@ -118,9 +117,12 @@ class _Paths(Backward[bool]):
         super().note(atom, v)
 
     def through(self, eqn: JaxprEqn, outs: Sequence[bool | None]) -> Sequence[bool | None]:
-        """As the outputs, but for the equations that are looked for."""
-        found = True if id(eqn) in self._equations else self._joined(outs)
-        return [found] * len(eqn.invars)
+        """As the outputs."""
+        return self.opaque(eqn, outs)
+
+    def _equation(self, eqn: JaxprEqn, outs: Sequence[bool | None]) -> Sequence[bool | None]:
+        found = super()._equation(eqn, outs)
+        return [True] * len(found) if id(eqn) in self._equations else found
 
 
 def _paths(
