@@ -11,7 +11,7 @@ import pytest
 import forwardgrad as fg
 from forwardgrad.estimators import _balanced_tangents as balanced
 from forwardgrad.rewrite import Program
-from test_tokens import errors_of, in_turn, made
+from test_tokens import STREAM, errors_of, in_turn, made, residual
 
 X = jax.random.normal(jax.random.key(0), (6, 4))
 KEYS = jax.random.split(jax.random.key(1), 800)
@@ -60,7 +60,8 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_bias_whatever_the_lengths_are(name):
     fun, params = FUNCTIONS[name]
-    inner = fg.ActivityPerturbation(exact_mixing=name == "decoder")
+    exact = name == "decoder"
+    inner = fg.ActivityPerturbation(exact_mixing=exact, exact_direct=exact)
     estimator = fg.BalancedTangents(in_turn(inner, fun, params), every=100)
     state = with_powers(estimator, fun, params)
     step = fg.estimation(fun, estimator).step
@@ -104,6 +105,19 @@ def test_the_power_is_that_of_the_derivatives(inner):
     first = fg.estimation(losses, estimator).init(w).power
     assert first.shape == (4,)
     assert np.all(np.abs(np.log(first[jnp.array([0, 3])] / expected)) < 1.5)
+
+
+@pytest.mark.parametrize("inner", [fg.ActivityPerturbation, fg.NodePerturbation])
+def test_what_is_exact_has_no_power(inner):
+    """Of a residual stream's layers the last one; of the others the part past other layers."""
+    every = [inner(exact_direct=exact) for exact in (False, True)]
+    plain, direct = [
+        fg.estimation(residual, fg.BalancedTangents(e)).init(STREAM).power for e in every
+    ]
+    assert len(plain) == 5  # words, in, middle, out, scale
+    assert len(direct) == 3
+    np.testing.assert_allclose(direct[2], plain[2], rtol=1e-2)  # all of it comes through `out`
+    assert np.all(direct[:2] < 0.7 * plain[:2])
 
 
 def test_the_lengths_are_the_formula():

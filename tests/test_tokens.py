@@ -369,3 +369,58 @@ def test_refused_options(unchecked):
         fg.ActivityPerturbation(mixing="later")  # pyright: ignore[reportArgumentType]
     with pytest.raises(fg.InputError, match=r"rate must be between 0 and 1, got 1\.5"):
         fg.Discounted(1.5)
+
+
+# What reaches the losses past all other layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_the_direct_part_exact_the_mean_is_the_gradient(name):
+    mixing = name in ("NNX", "Mamba")
+    found = errors(name, fg.ActivityPerturbation(exact_direct=True, exact_mixing=mixing))
+    assert max(found.values()) < 1e-4, found
+
+
+def test_with_the_direct_part_exact_the_mean_of_differences_is_near_the_gradient():
+    found = errors("Equinox", fg.NodePerturbation(step=1e-7, exact_direct=True), "float64")
+    assert max(found.values()) < 1e-4, found
+
+
+def residual(p):
+    """Two layers that add to a stream, and a scale before the head."""
+    x = p["words"][INPUTS]
+    x = x + jnp.tanh(x @ p["in"])
+    x = x + jnp.tanh(x @ p["middle"]) @ p["out"]
+    return of_logits(x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True)) * p["scale"] @ p["head"])
+
+
+STREAM = {**LAYERS, **weights(middle=(6, 6)), "scale": jnp.ones(6)}
+
+
+@pytest.mark.parametrize("kind", [fg.ActivityPerturbation, fg.NodePerturbation])
+def test_what_no_other_layer_comes_after_is_exact(kind):
+    """And the layers below have less variance, by what the stream carries past others."""
+    exact = jax.grad(lambda p: residual(p).total())(STREAM)
+    keys = jax.random.split(jax.random.key(5), 400)
+
+    def drawn(**options):
+        estimate = fg.value_and_grad(residual, kind(**options))
+        return jax.jit(jax.vmap(lambda key: estimate(STREAM, key=key)[1]))(keys)
+
+    plain, direct = drawn(), drawn(exact_direct=True)
+    for name in ("out", "scale", "head"):
+        np.testing.assert_allclose(direct[name][0], exact[name], rtol=1e-5, atol=1e-6)
+    for name in ("words", "in"):
+        before, after = (jnp.sum((d[name] - exact[name]) ** 2) for d in (plain, direct))
+        assert after < 0.5 * before
+
+
+def test_the_direct_part_of_a_function_with_effects():
+    def fun(p):
+        jax.debug.callback(lambda x: None, p["scale"][0])
+        return residual(p)
+
+    with pytest.raises(fg.InputError, match="fun must have no effects with exact_direct"):
+        fg.value_and_grad(fun, fg.ActivityPerturbation(exact_direct=True))(
+            STREAM, key=jax.random.key(0)
+        )

@@ -1,5 +1,6 @@
 """Forward gradients of activations: perturb what layers compute instead of their weights."""
 
+import functools
 from typing import Any
 
 import jax
@@ -53,13 +54,19 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     - `exact_mixing`: do not perturb what attention or a recurrence mixes, such as queries, keys and
         values. The estimate for the next layer's activation is taken back to them through this
         one step, by reverse mode. It has no bias, and much less variance.
+    - `exact_direct`: take the part of the derivative exactly that reaches the losses past all other
+        perturbed activations, as over a residual stream; only the rest is estimated. This is a
+        control variate: with $b$ the exact part, $d - \langle b, u \rangle$ takes the place of
+        $d$, and $b$ is added. No bias. A layer that no other one comes after, such as the last
+        block's output, gets its exact gradient.
 
     **Raises:**
 
     `InputError` where an argument is out of range; when called, if losses have an axis of examples
     and it is unclear which axis of an activation is theirs; if `mixing` or `exact_mixing` is set
     and losses have no axis `"token"`, or no activation has one; with `exact_mixing`, if what mixes
-    tokens has no reverse mode.
+    tokens has no reverse mode, or nothing is left to perturb; with `exact_direct`, if `fun` has
+    effects.
 
     ??? cite "Reference"
 
@@ -84,6 +91,7 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     chunk: int | None = None
     mixing: Mixing = "all"
     exact_mixing: bool = False
+    exact_direct: bool = False
 
     def _program(self, fun: Objective, params: PyTree[Array]) -> Program:
         return Program(fun, params, twice=True)
@@ -98,8 +106,16 @@ class ActivityPerturbation(AbstractPerturbedActivities):
                     "tangents must be 1 for ActivityPerturbation where fun has effects that vmap "
                     f"refuses, got {self.tangents}"
                 )
-            zero, one = jnp.zeros(()), jnp.ones(())
-            _, changes, rest = jax.jvp(lambda eps: evaluate(eps, k), (zero,), (one,), has_aux=True)
+
+            def derivative(**options):
+                one = jnp.ones(())
+                fun = functools.partial(evaluate, k=k, **options)
+                return jax.jvp(fun, (jnp.zeros_like(one),), (one,), has_aux=True)[1:]
+
+            changes, rest = derivative()
+            if self.exact_direct:
+                direct, _ = derivative(apart=True)
+                changes = [a - b for a, b in zip(changes, direct, strict=True)]
             return rest, changes
 
         tangents = jnp.arange(self.tangents)

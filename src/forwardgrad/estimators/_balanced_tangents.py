@@ -14,9 +14,8 @@ from forwardgrad._errors import MOST, InputError, unknown_name, with_article
 from forwardgrad.estimators._base import AbstractStatefulEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, explained
 from forwardgrad.estimators._distributions import feedback_key, portable
-from forwardgrad.estimators._feedback import at_iterations
 from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities
-from forwardgrad.estimators._steering import check_no_refs, check_one_by_one
+from forwardgrad.estimators._steering import at_iterations, check_no_refs, check_one_by_one
 from forwardgrad.rewrite import Activation, Hooks, Program
 
 Rule: TypeAlias = Literal["relative", "absolute"]
@@ -235,7 +234,7 @@ def _signature(layers: dict[int, _Layer]) -> tuple[int, ...]:
 
 def _layers(estimator: AbstractPerturbedActivities, program: Program) -> dict[int, _Layer]:
     """The activations that are perturbed, by their numbers."""
-    not_perturbed = estimator._not_perturbed(program)
+    not_perturbed = estimator._not_perturbed(program) | _direct(estimator, program)
     hooks = Hooks(activation=lambda a: a.value)
     noted = jax.eval_shape(
         lambda leaves: program.with_hooks(leaves, hooks)[2].activations, program.leaves
@@ -253,6 +252,12 @@ def _layers(estimator: AbstractPerturbedActivities, program: Program) -> dict[in
         found[a.number] = _Layer(first, max(1.0, entries), a.terms, loops)
         first += own
     return found
+
+
+def _direct(estimator: AbstractPerturbedActivities, program: Program) -> frozenset[Any]:
+    """The activations that have their exact gradient, and no tangent."""
+    exact = estimator.exact_direct
+    return program.direct(estimator._not_perturbed(program)) if exact else frozenset()
 
 
 def _apart(activation: Activation) -> int:
@@ -275,14 +280,21 @@ def _power(
     key: Key[Array, ""],
 ) -> Array:
     """The power of the losses' change if only the i-th layer is perturbed."""
+    direct = _direct(estimator, program)
     chosen = (jnp.arange(_count(layers)) == i).astype(jnp.float32)
 
-    def evaluate(eps, k, held=None):
+    def evaluate(eps, k, held=None, apart=False):
+        cut = jax.lax.stop_gradient if held is None else held
+
         def perturb(a):
-            if eps is None or a.number not in layers:
+            has_tangent = a.number in layers
+            if eps is None or not (has_tangent or a.variable in direct):
                 return a.value
+            z = cut(a.value) if apart else a.value
+            if not has_tangent:
+                return z
             scale = layers[a.number].own(chosen, a)
-            return estimator._moved(eps, a.value, estimator._tangent(a.site.key(key), a, k, scale))
+            return estimator._moved(eps, z, estimator._tangent(a.site.key(key), a, k, scale))
 
         return program.with_hooks(leaves, Hooks(activation=perturb, held=held))[0], None
 

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
+from jax.interpreters import ad
 from jaxtyping import Array
 
 from forwardgrad._errors import MOST, InputError
 from forwardgrad._losses import Losses
 from forwardgrad.estimators._mixing import Mixing, credited, of_later
-from forwardgrad.rewrite import UNKNOWN, Activation, Part, Program, line_of, summed_change
+from forwardgrad.rewrite import UNKNOWN, Activation, Part, Program, Site, line_of, summed_change
 
 
 def influenced(
@@ -257,3 +258,24 @@ def isolated(fun: Callable, *args: Any) -> Any:
     closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
     outs = jaxpr_as_fun(closed)(*jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(out), outs)
+
+
+def at_iterations(array: Array, site: Site) -> Array:
+    """The part of a stack that belongs to one iteration of the loops around a layer."""
+    for i in site.iterations:
+        array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
+    return array
+
+
+def zero(x: Array) -> ad.Zero:
+    """A symbol for zero: it costs nothing, where an array of zeros costs a backward pass."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def pulled_back(pullback: Callable[[Any], Any], cotangents: Any) -> Any:
+    """What comes back from cotangents, some of which are symbols for zero."""
+    try:
+        return pullback(cotangents)
+    except Exception:  # not all of JAX's primitives take them: what a `scan` stacks must be arrays
+        is_zero = lambda c: isinstance(c, ad.Zero)  # noqa: E731
+        return pullback(jax.tree.map(ad.instantiate_zeros, cotangents, is_leaf=is_zero))

@@ -22,7 +22,7 @@ def mixing_steps(
     """
     hidden = [v for v in plan.outputs if plan.places(v) and not plan.is_last(v)]
     hidden = [v for v in hidden if not plan.is_on_its_way(v)]
-    products = [v for v in hidden if not _is_elementwise(plan, v)]
+    products = [v for v in hidden if not is_elementwise(plan, v)]
     starts = {v: _anew(plan, v, name) for v in products}
     outs = places_of_terms(closed.jaxpr, axes)
     own = [p and {key: q for key, q in p.items() if key[1] == name} for p in outs]
@@ -40,6 +40,14 @@ def mixing_steps(
         found |= more
 
 
+def ends(closed: ClosedJaxpr, terms: int, hidden: frozenset[Var]) -> frozenset[Var]:
+    """Those of some activations that none of the others comes after."""
+    paths = _Paths(dict.fromkeys(hidden, False), frozenset())
+    others = len(closed.jaxpr.outvars) - terms
+    paths.run(closed.jaxpr, [*[True] * terms, *[None] * others])
+    return frozenset(v for v, alone in paths.before.items() if alone)
+
+
 def _anew(plan: Plan, v: Var, name: str) -> Places:
     """Where an axis is in an activation, seen from what comes before it."""
     keys = [key for key in plan.places(v) if key[1] == name]
@@ -47,7 +55,7 @@ def _anew(plan: Plan, v: Var, name: str) -> Places:
     return {key: UNKNOWN if p is None else Place(p, False) for key, p in parts.items()}
 
 
-def _is_elementwise(plan: Plan, v: Var) -> bool:
+def is_elementwise(plan: Plan, v: Var) -> bool:
     """Whether an activation is what a scale or a bias alone makes of what is no layer's output."""
     eqn: JaxprEqn | None = plan.outputs[v].eqn
     while eqn is not None:
