@@ -179,7 +179,7 @@ def biases(options: Options, fun: Callable, params: Any, rate: float) -> Any:
         credit, exact = jnp.einsum("ts,tbsd->bsd", weight, jacobian), jnp.sum(jacobian, axis=0)
         return float(jnp.linalg.norm(credit - exact) / jnp.linalg.norm(exact))
 
-    return {"blocks": jax.tree.map(bias, jax.jit(jax.jacrev(by_token))(shifts))}
+    return {"blocks": jax.tree.map(bias, jax.jacrev(by_token)(shifts))}
 
 
 def main(options: Options) -> None:
@@ -191,9 +191,10 @@ def main(options: Options) -> None:
         "causal": make(mixing="causal"),
         **{f"discounted, {r}": make(mixing=fg.Discounted(r)) for r in (0.9, 0.5, 0.0)},
         "one exact step": step,
-        "the same, causal": make(exact_mixing=True, mixing="causal"),
-        "the same, relative": fg.BalancedTangents(step),
-        "the same, absolute": fg.BalancedTangents(step, "absolute"),
+        "and direct part": make(exact_mixing=True, exact_direct=True),
+        "and causal": make(exact_mixing=True, exact_direct=True, mixing="causal"),
+        "step, relative": fg.BalancedTangents(step),
+        "step, absolute": fg.BalancedTangents(step, "absolute"),
         "weight perturbation": fg.WeightPerturbation(tangents=options.tangents),
     }
     x, y = batch(options, np.random.default_rng(7))
