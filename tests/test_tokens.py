@@ -412,7 +412,7 @@ def test_what_no_other_layer_comes_after_is_exact(kind):
         np.testing.assert_allclose(direct[name][0], exact[name], rtol=1e-5, atol=1e-6)
     for name in ("words", "in"):
         before, after = (jnp.sum((d[name] - exact[name]) ** 2) for d in (plain, direct))
-        assert after < 0.5 * before
+        assert after < 0.7 * before
 
 
 def test_the_direct_part_of_a_function_with_effects():
@@ -424,3 +424,28 @@ def test_the_direct_part_of_a_function_with_effects():
         fg.value_and_grad(fun, fg.ActivityPerturbation(exact_direct=True))(
             STREAM, key=jax.random.key(0)
         )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        fg.ActivityPerturbation(exact_direct=True),
+        fg.BalancedTangents(fg.ActivityPerturbation()),
+    ],
+)
+def test_workers_that_exchange_what_they_compute(estimator):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def step(p):
+        def fun(p):
+            (losses,) = residual(p).terms
+            return fg.Losses([losses - jax.lax.pmean(losses, "data")], [("example", "token")])
+
+        init, step = fg.estimation(fun, estimator)
+        return step(p, key=jax.random.key(0), state=init(p))[1]
+
+    workers = jax.shard_map(
+        step, mesh=mesh, in_specs=(jax.P(),), out_specs=jax.P(), check_vma=False
+    )
+    with pytest.raises(fg.InputError, match=r"exchange what they compute, along \['data'\]"):
+        jax.eval_shape(workers, STREAM)

@@ -66,7 +66,7 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     and it is unclear which axis of an activation is theirs; if `mixing` or `exact_mixing` is set
     and losses have no axis `"token"`, or no activation has one; with `exact_mixing`, if what mixes
     tokens has no reverse mode, or nothing is left to perturb; with `exact_direct`, if `fun` has
-    effects.
+    effects, or workers of a `shard_map` exchange what they compute.
 
     ??? cite "Reference"
 

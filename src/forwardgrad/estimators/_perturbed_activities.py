@@ -109,6 +109,11 @@ class AbstractPerturbedActivities(AbstractEstimator):
             check_tokens(program, f"mixing={self.mixing!r}")
         if self.exact_direct and program.has_effects:
             raise InputError("fun must have no effects with exact_direct=True, evaluated once more")
+        if self.exact_direct and program.collectives:
+            raise InputError(
+                "exact_direct=True cannot be used where the workers of a shard_map exchange what "
+                f"they compute, along {sorted(program.collectives)}"
+            )
         grads = [jnp.zeros_like(leaf) for leaf in program.leaves]
         base, passed = portable(key), self._not_perturbed(program)
         direct = program.direct(passed) if self.exact_direct else frozenset()
