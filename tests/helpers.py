@@ -32,6 +32,7 @@ ESTIMATORS: dict[str, fg.AbstractEstimator] = {
     "weight perturbation, last layers exact": fg.WeightPerturbation(exact_last=True),
     "activity perturbation": fg.ActivityPerturbation(),
     "activity perturbation, four tangents": fg.ActivityPerturbation(tangents=4),
+    "activity perturbation, direct part exact": fg.ActivityPerturbation(exact_direct=True),
     "node perturbation": fg.NodePerturbation(),
     "node perturbation, three tangents in chunks": fg.NodePerturbation(tangents=3, chunk=2),
     "feedback alignment": fg.FeedbackAlignment(),

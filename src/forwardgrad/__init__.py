@@ -28,7 +28,9 @@ from forwardgrad.estimators import AbstractEstimator as AbstractEstimator
 from forwardgrad.estimators import AbstractStatefulEstimator as AbstractStatefulEstimator
 from forwardgrad.estimators import ActivityPerturbation as ActivityPerturbation
 from forwardgrad.estimators import Backpropagation as Backpropagation
+from forwardgrad.estimators import BalancedTangents as BalancedTangents
 from forwardgrad.estimators import DirectFeedbackAlignment as DirectFeedbackAlignment
+from forwardgrad.estimators import Discounted as Discounted
 from forwardgrad.estimators import ExplainedParameter as ExplainedParameter
 from forwardgrad.estimators import FeedbackAlignment as FeedbackAlignment
 from forwardgrad.estimators import NodePerturbation as NodePerturbation
@@ -47,10 +49,12 @@ __all__ = [
     "AbstractStatefulEstimator",
     "ActivityPerturbation",
     "Backpropagation",
+    "BalancedTangents",
     "BlockPipeline",
     "Diagnosis",
     "DiagnosisRow",
     "DirectFeedbackAlignment",
+    "Discounted",
     "Estimation",
     "ExplainedParameter",
     "Explanation",

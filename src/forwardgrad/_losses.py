@@ -23,8 +23,9 @@ class Losses(eqx.Module):
     **Arguments:**
 
     - `terms`: arrays of any shapes.
-    - `axes`: for each term the names of its axes. The axis `"example"` is found in the activations
-        without help. Other names have to be marked there by [`forwardgrad.activation`][].
+    - `axes`: for each term the names of its axes, such as `"example"` and `"token"`. Where these
+        are in the activations is followed back through the program, or said by a mark,
+        [`forwardgrad.activation`][].
 
     **Raises:**
 

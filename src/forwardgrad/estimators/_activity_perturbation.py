@@ -1,5 +1,6 @@
 """Forward gradients of activations: perturb what layers compute instead of their weights."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import Array, PyTree
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import Objective
 from forwardgrad.estimators._distributions import Distribution
+from forwardgrad.estimators._mixing import Mixing
 from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities, Evaluate
 from forwardgrad.estimators._steering import over_tangents
 from forwardgrad.rewrite import Program
@@ -45,11 +47,27 @@ class ActivityPerturbation(AbstractPerturbedActivities):
         activation's tangent scaled as one vector).
     - `chunk`: how many tangents are computed at a time; see `WeightPerturbation`. What they share
         is always kept, because reverse mode keeps most of it in any case.
+    - `mixing`: what an activation is credited with that changes other tokens' losses too, where
+        losses have an axis `"token"`: the change of `"all"` tokens' losses; of its own and later
+        tokens' with `"causal"`, which has no bias if an activation changes no earlier token's loss,
+        as in a causal decoder (this is not checked); or of later ones the less, the later they are,
+        [`forwardgrad.Discounted`][], which has a bias.
+    - `exact_mixing`: do not perturb what attention or a recurrence mixes, such as queries, keys and
+        values. The estimate for the next layer's activation is taken back to them through this
+        one step, by reverse mode. It has no bias, and much less variance.
+    - `exact_direct`: take the part of the derivative exactly that reaches the losses past all other
+        perturbed activations, as over a residual stream; only the rest is estimated. This is a
+        control variate: with $b$ the exact part, $d - \langle b, u \rangle$ takes the place of
+        $d$, and $b$ is added. No bias. A layer that no other one comes after, such as the last
+        block's output, gets its exact gradient.
 
     **Raises:**
 
     `InputError` where an argument is out of range; when called, if losses have an axis of examples
-    and it is unclear which axis of an activation is theirs.
+    and it is unclear which axis of an activation is theirs; if `mixing` or `exact_mixing` is set
+    and losses have no axis `"token"`, or no activation has one; with `exact_mixing`, if what mixes
+    tokens has no reverse mode, or nothing is left to perturb; with `exact_direct`, if `fun` has
+    effects, or workers of a `shard_map` exchange what they compute.
 
     ??? cite "Reference"
 
@@ -72,6 +90,9 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     tangents: int = 1
     distribution: Distribution = "rademacher"
     chunk: int | None = None
+    mixing: Mixing = "all"
+    exact_mixing: bool = False
+    exact_direct: bool = False
 
     def _program(self, fun: Objective, params: PyTree[Array]) -> Program:
         return Program(fun, params, twice=True)
@@ -86,8 +107,16 @@ class ActivityPerturbation(AbstractPerturbedActivities):
                     "tangents must be 1 for ActivityPerturbation where fun has effects that vmap "
                     f"refuses, got {self.tangents}"
                 )
-            zero, one = jnp.zeros(()), jnp.ones(())
-            _, changes, rest = jax.jvp(lambda eps: evaluate(eps, k), (zero,), (one,), has_aux=True)
+
+            def derivative(**options):
+                one = jnp.ones(())
+                fun = functools.partial(evaluate, k=k, **options)
+                return jax.jvp(fun, (jnp.zeros_like(one),), (one,), has_aux=True)[1:]
+
+            changes, rest = derivative()
+            if self.exact_direct:
+                direct, _ = derivative(apart=True)
+                changes = [a - b for a, b in zip(changes, direct, strict=True)]
             return rest, changes
 
         tangents = jnp.arange(self.tangents)

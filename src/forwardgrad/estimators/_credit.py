@@ -21,8 +21,9 @@ class ExplainedParameter:
     - `path`: its path in `params` (`jax.tree_util.keystr`).
     - `shape`: its shape.
     - `how`: `"rank-one"` or `"dense"`, a tangent of its own; `"activation"`, a perturbation of what
-        its layer computes; `"feedback"`, errors that come back through random weights; `"exact"`;
-        or `"none"`, if no loss depends on it.
+        its layer computes; `"reverse"`, one step of reverse mode from the estimates of the layers
+        after it; `"feedback"`, errors that come back through random weights; `"exact"`; or
+        `"none"`, if no loss depends on it.
     - `where`: where its tangent has to be built as an array: primitive, file, line.
     - `terms`: the positions of those terms of the losses that it can change.
     - `axes`: where each axis of the losses is in what its layer computes, for instance
@@ -55,11 +56,20 @@ def of_parameters(program: Program, params: PyTree[Array], how: list[str]) -> li
     return rows
 
 
-def by_layer(program: Program, params: PyTree[Array], hidden: str) -> list[ExplainedParameter]:
-    """Rows for an estimator that treats layers below others in one way, and the last exactly."""
+def by_layer(
+    program: Program,
+    params: PyTree[Array],
+    hidden: str,
+    reverse: frozenset[Any] = frozenset(),
+) -> list[ExplainedParameter]:
+    """Rows for an estimator that treats layers below others in one way, and the last exactly.
+
+    Of the former, those in `reverse` get their gradients from the layers after them.
+    """
     plan = program.plan
     below = [[v for v in vs if not plan.is_last(v)] for vs in program.activations()]
-    rows = of_parameters(program, params, [hidden if vs else "exact" for vs in below])
+    how = [("reverse" if vs[0] in reverse else hidden) if vs else "exact" for vs in below]
+    rows = of_parameters(program, params, how)
     return [
         dataclasses.replace(row, axes=tuple(_in_words(plan.places(vs[0])))) if vs else row
         for row, vs in zip(rows, below, strict=True)

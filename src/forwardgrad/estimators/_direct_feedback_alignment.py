@@ -1,18 +1,24 @@
 """The output's error, sent to every layer at once."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import ad
 from jaxtyping import Array, Float, PyTree
 
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._distributions import draw, feedback_key
-from forwardgrad.estimators._feedback import AbstractFeedback, Feedback, at_iterations
-from forwardgrad.estimators._steering import check_one_by_one, check_products, not_differentiable
+from forwardgrad.estimators._feedback import AbstractFeedback, Feedback
+from forwardgrad.estimators._steering import (
+    at_iterations,
+    check_one_by_one,
+    check_products,
+    not_differentiable,
+    pulled_back,
+    zero,
+)
 from forwardgrad.rewrite import (
     Activation,
     Hooks,
@@ -129,13 +135,13 @@ class DirectFeedbackAlignment(AbstractFeedback):
             _no_shifts(program, outputs),
             has_aux=True,
         )
-        unused = [_zero(x.value) for x in inputs]
-        last, errors = _pulled_back(pullback, (jnp.ones_like(value), unused))
+        unused = [zero(x.value) for x in inputs]
+        last, errors = pulled_back(pullback, (jnp.ones_like(value), unused))
         ways = [_ways(program, outputs, x) for x in inputs]
         gradients = [
             self._feedback(x, of_x, errors, state) for x, of_x in zip(inputs, ways, strict=True)
         ]
-        hidden, _ = _pulled_back(pullback, (_zero(value), gradients))
+        hidden, _ = pulled_back(pullback, (zero(value), gradients))
         grads = jax.tree.map(jnp.add, last, hidden)
         value, aux, grads = not_differentiable((value, aux, grads), "DirectFeedbackAlignment")
         return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
@@ -189,20 +195,6 @@ def _outputs(program: Program) -> list[Any]:
                 "forwardgrad.Losses([losses], [('example',)])"
             )
     return outputs
-
-
-def _zero(x: Array) -> ad.Zero:
-    """A symbol for zero: it costs nothing, where an array of zeros costs a backward pass."""
-    return ad.Zero(jax.typeof(x).to_tangent_aval())
-
-
-def _pulled_back(pullback: Callable[[Any], Any], cotangents: Any) -> Any:
-    """What comes back from cotangents, some of which are symbols for zero."""
-    try:
-        return pullback(cotangents)
-    except Exception:  # not all of JAX's primitives take them: what a `scan` stacks must be arrays
-        is_zero = lambda c: isinstance(c, ad.Zero)  # noqa: E731
-        return pullback(jax.tree.map(ad.instantiate_zeros, cotangents, is_leaf=is_zero))
 
 
 def _no_shifts(program: Program, outputs: Sequence[Any]) -> list[Array]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Inexact, Key, PyTree
 from forwardgrad._errors import InputError, with_article
 from forwardgrad.estimators._base import AbstractStatefulEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
-from forwardgrad.rewrite import Program, Site
+from forwardgrad.rewrite import Program
 
 
 class Feedback(eqx.Module):
@@ -93,10 +93,3 @@ def _(estimator: AbstractFeedback, fun: Objective, params: PyTree) -> list[Expla
 
 def _program(fun: Objective, params: PyTree[Array]) -> Program:
     return Program(fun, params, forward=False)
-
-
-def at_iterations(array: Array, site: Site) -> Array:
-    """The part of a stack that belongs to one iteration of the loops around a layer."""
-    for i in site.iterations:
-        array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
-    return array

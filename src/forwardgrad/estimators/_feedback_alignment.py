@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, PyTree
 
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._distributions import draw, feedback_key
-from forwardgrad.estimators._feedback import AbstractFeedback, Feedback, at_iterations
-from forwardgrad.estimators._steering import check_one_by_one, check_products
+from forwardgrad.estimators._feedback import AbstractFeedback, Feedback
+from forwardgrad.estimators._steering import at_iterations, check_one_by_one, check_products
 from forwardgrad.rewrite import (
     SENT_BACK,
     Hooks,

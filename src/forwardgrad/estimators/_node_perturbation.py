@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 from forwardgrad._errors import InputError
 from forwardgrad.estimators._base import Objective
 from forwardgrad.estimators._distributions import Distribution
+from forwardgrad.estimators._mixing import Mixing
 from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities, Evaluate
 from forwardgrad.rewrite import Program
 
@@ -47,6 +48,7 @@ class NodePerturbation(AbstractPerturbedActivities):
     - `distribution`: of the noise's entries: `"rademacher"`, `"normal"`, or `"sphere"`.
     - `chunk`: how many of them are evaluated at a time; all by default. Each chunk has one
         evaluation more, without noise.
+    - `mixing`, `exact_mixing`, `exact_direct`: as for `ActivityPerturbation`.
 
     **Raises:**
 
@@ -75,6 +77,9 @@ class NodePerturbation(AbstractPerturbedActivities):
     step: float = 1e-2
     distribution: Distribution = "rademacher"
     chunk: int | None = None
+    mixing: Mixing = "all"
+    exact_mixing: bool = False
+    exact_direct: bool = False
 
     def __check_init__(self):
         if not 0 < self.step < float("inf"):
@@ -89,7 +94,11 @@ class NodePerturbation(AbstractPerturbedActivities):
 
     def _changes(self, evaluate: Evaluate, program: Program) -> tuple[Any, list[Array]]:
         def lane(k):
-            losses, _ = evaluate(jnp.where(k < 0, 0.0, self.step), jnp.maximum(k, 0), _first)
+            eps, k = jnp.where(k < 0, 0.0, self.step), jnp.maximum(k, 0)
+            losses, _ = evaluate(eps, k, _first)
+            if self.exact_direct:
+                direct, _ = evaluate(eps, k, _first, apart=True)
+                losses = [a - b for a, b in zip(losses, direct, strict=True)]
             return [v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in losses]
 
         def differences(tangents):

@@ -1,26 +1,31 @@
 """Gradients layer by layer, from what the losses do when activations are perturbed."""
 
 import abc
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from forwardgrad._errors import unknown_name
+from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._losses import Losses
 from forwardgrad.estimators._base import AbstractEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
 from forwardgrad.estimators._distributions import DISTRIBUTIONS, Distribution, draw, portable
+from forwardgrad.estimators._mixing import TOKEN, Mixing, check_mixing, check_tokens
 from forwardgrad.estimators._steering import (
+    at_iterations,
     check_counts,
     check_no_refs,
     check_one_by_one,
     influenced,
     not_differentiable,
+    pulled_back,
     total_of,
+    zero,
 )
 from forwardgrad.rewrite import (
     Activation,
@@ -34,11 +39,16 @@ from forwardgrad.rewrite import (
 )
 
 Evaluate: TypeAlias = Callable[..., tuple[list[Array], Any]]
-"""`evaluate(eps, k, held=None)`: a stage with its activations moved by `eps` along tangents k.
+"""`evaluate(eps, k, held=None, apart=False)`: a stage, its activations moved along tangents k.
 
-It returns the losses; then what is not to be differentiated: all that the stage computes, and the
-activations. `eps` is None where nothing moves; `held` is that of `Hooks`.
+They are moved by `eps`, which is None where nothing moves. With `apart`, none moves because another
+one does. `held` is that of `Hooks`. It returns the losses; then what is not to be differentiated:
+all that the stage computes, and the activations.
 """
+
+
+Scales: TypeAlias = Callable[[Activation], Array]
+"""How long an activation's tangents are, in one iteration of the loops around it."""
 
 
 class AbstractPerturbedActivities(AbstractEstimator):
@@ -52,8 +62,12 @@ class AbstractPerturbedActivities(AbstractEstimator):
     tangents: eqx.AbstractVar[int]
     distribution: eqx.AbstractVar[Distribution]
     chunk: eqx.AbstractVar[int | None]
+    mixing: eqx.AbstractVar[Mixing]
+    exact_mixing: eqx.AbstractVar[bool]
+    exact_direct: eqx.AbstractVar[bool]
 
     def __check_init__(self):
+        check_mixing(self)
         if self.distribution not in DISTRIBUTIONS:
             raise unknown_name("distribution", str(self.distribution), DISTRIBUTIONS)
         check_counts(self, "tangents", "chunk")
@@ -83,26 +97,57 @@ class AbstractPerturbedActivities(AbstractEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value and an estimate of its gradient."""
         assert key is not None
-        program = self._program(fun, params)
+        return self._by_scales(self._program(fun, params), key, None)
+
+    def _by_scales(
+        self, program: Program, key: Key[Array, ""], scales: Scales | None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        """The same, with activations whose tangents are scaled: `d u / s` for a tangent `s u`."""
         check_one_by_one(program, type(self).__name__)
         check_no_refs(program, type(self).__name__)
+        if self.mixing != "all":
+            check_tokens(program, f"mixing={self.mixing!r}")
+        if self.exact_direct and program.has_effects:
+            raise InputError("fun must have no effects with exact_direct=True, evaluated once more")
+        if self.exact_direct and program.collectives:
+            raise InputError(
+                "exact_direct=True cannot be used where the workers of a shard_map exchange what "
+                f"they compute, along {sorted(program.collectives)}"
+            )
         grads = [jnp.zeros_like(leaf) for leaf in program.leaves]
-        base = portable(key)
+        base, passed = portable(key), self._not_perturbed(program)
+        direct = program.direct(passed) if self.exact_direct else frozenset()
 
         def run(stage, number, reads):
             del number
             # The signs of a stage are drawn when it begins: all stages' would else be kept at once.
-            own = _key_after(reads, base)
+            given = _Given(program, _key_after(reads, base), scales, passed, direct)
+            shifts = program.no_shifts(stage, passed) if self.exact_direct else {}
             # Every activation is cut off from what uses it: reverse mode sees one layer at a time.
-            (total, _), pullback, (changes, noted, writes) = jax.vjp(
-                lambda leaves: self._forward(program, stage, reads, own, leaves),
+            (total, z), pullback, (changes, noted, writes) = jax.vjp(
+                lambda leaves, shifts: self._forward(given, stage, reads, leaves, shifts),
                 [program.leaves[i] for i in stage.leaves],
+                shifts,
                 has_aux=True,
             )
-            gradients = [self._gradient(a, changes, own, program) for a in noted]
-            return writes, pullback((jnp.ones_like(total), gradients))[0]
+            one, gradients = (
+                jnp.ones_like(total),
+                [self._gradient(a, changes, given) for a in noted],
+            )
+            if not self.exact_direct:
+                return writes, pullback((one, gradients))[0]
+            last, known = pulled_back(pullback, (one, [zero(a) for a in z]))
+            gradients = [
+                g + placed_like(known[a.number], g) for a, g in zip(noted, gradients, strict=True)
+            ]
+            hidden, _ = pulled_back(pullback, (zero(total), gradients))
+            return writes, jax.tree.map(jnp.add, last, hidden)
 
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with (
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+            _refusing_reverse(self.exact_mixing or self.exact_direct),
+        ):
             terms, aux, results = program.stage_by_stage(run)
             for stage, of_stage in zip(program.stages, results, strict=True):
                 for i, grad in zip(stage.leaves, of_stage, strict=True):
@@ -113,37 +158,65 @@ class AbstractPerturbedActivities(AbstractEstimator):
 
     def _forward(
         self,
-        program: Program,
+        given: "_Given",
         stage: Stage,
         reads: Sequence[Any],
-        key: Key[Array, ""],
         leaves: list[Array],
+        shifts: dict[int, Array],
     ):
         """A stage's total and activations, and what is not to be differentiated.
 
         The latter are the losses' changes along each tangent (their first axis if there are
-        several), what is known of the activations, and all that the stage computes.
+        several), what is known of the activations, and all that the stage computes. `shifts` are
+        zeros that are added to the activations, once these are cut off.
         """
+        program = given.program
         places = program.terms_of(stage)
 
-        def evaluate(eps, k, held=None):
-            def perturb(activation):
-                if activation.last:
-                    return activation.value
+        def evaluate(eps, k, held=None, apart=False):
+            cut = jax.lax.stop_gradient if held is None else held
+
+            def moved(activation):
+                z = activation.value
                 if eps is None:
-                    return jax.lax.stop_gradient(activation.value)
-                tangent = self._tangent(activation.site.key(key), activation, k)
-                return self._moved(eps, activation.value, tangent)
+                    return jax.lax.stop_gradient(z)
+                return self._moved(eps, cut(z) if apart else z, given.tangent(self, activation, k))
+
+            def perturb(activation):
+                if activation.last or activation.variable in given.passed:
+                    return activation.value
+                if activation.number not in shifts:
+                    return moved(activation)
+                return moved(activation) + at_iterations(shifts[activation.number], activation.site)
 
             walk = LayerWalk(program.plan, Hooks(activation=perturb, held=held))
             writes = walk.arrays(stage.jaxpr, (), [*leaves, *reads])
-            inner = [a for a in walk.noted.activations if not a.last]
+            noted = [a for a in walk.noted.activations if a.variable not in given.passed]
+            inner = [a for a in noted if not a.last]
             return [writes[i] for i in places.values()], (writes, inner)
 
         (writes, noted), changes = self._changes(evaluate, program)
         total = sum([total_of(writes[i]) for i in places.values()], start=jnp.zeros(()))
         by_term = [dict(zip(places, changes, strict=True)).get(i) for i in range(program.terms)]
         return (total, [a.value for a in noted]), (program.losses(by_term), noted, writes)
+
+    def _not_perturbed(self, program: Program) -> frozenset[Any]:
+        """The activations that reverse mode goes through, from the next ones that are perturbed.
+
+        With `exact_direct` there are scales among them that only last layers come after, such as
+        those of a normalisation in front of the head, which all layers' direct parts go through.
+        """
+        found: frozenset[Any] = frozenset()
+        if self.exact_mixing:
+            check_tokens(program, "exact_mixing=True")
+            found = program.mixing_steps(TOKEN)
+            if found and not program.hidden(found):
+                raise InputError(
+                    "exact_mixing=True would be backpropagation here: all activations below the "
+                    "last layers are mixed with those of other tokens at once; leave it out, or "
+                    "use Backpropagation()"
+                )
+        return program.with_direct_scales(found) if self.exact_direct else found
 
     def _tangent(
         self, key: Key[Array, ""], activation: Activation, k: Array, scale: Any = 1.0
@@ -154,21 +227,20 @@ class AbstractPerturbedActivities(AbstractEstimator):
         u = draw(key, z.shape, self.distribution, scale, computed_in(z.dtype)).astype(z.dtype)
         return u if activation.mask is None else jnp.where(activation.mask, u, 0)
 
-    def _gradient(
-        self, activation: Activation, changes: Losses, key: Key[Array, ""], program: Program
-    ) -> Array:
+    def _gradient(self, activation: Activation, changes: Losses, given: "_Given") -> Array:
         """The estimate of the losses' derivative by an activation."""
+        if activation.variable in given.direct:
+            return jnp.zeros_like(activation.value)
         if self.distribution == "rademacher":
             # Signs are drawn again when they are needed; XLA would otherwise keep them.
-            key = _key_after(changes, key)
+            given = given._replace(key=_key_after(changes, given.key))
 
         def along(k):
-            scale = influenced(activation, jax.tree.map(lambda d: d[k], changes), program)
+            own = jax.tree.map(lambda d: d[k], changes)
+            scale = influenced(activation, own, given.program, self.mixing)
             loops = activation.value.shape[: activation.stacked]
             scale = jnp.broadcast_to(scale, (*loops, *scale.shape[activation.stacked :]))
-            estimate = activation.each(
-                lambda a, scale: self._tangent(a.site.key(key), a, k, scale), scale
-            )
+            estimate = activation.each(lambda a, scale: given.tangent(self, a, k, scale), scale)
             return estimate.astype(jnp.promote_types(estimate.dtype, jnp.float32))
 
         # One after another: together, the tangents would be K times as large as the activation.
@@ -178,6 +250,46 @@ class AbstractPerturbedActivities(AbstractEstimator):
         # A derivative by a complex number has the conjugate of the direction it is found along.
         estimate = jnp.conj(estimate / self.tangents).astype(activation.value.dtype)
         return placed_like(estimate, activation.value)
+
+
+class _Given(NamedTuple):
+    """What an estimate of a stage is made with.
+
+    `passed` are the activations that reverse mode goes through, and `direct` those that no other
+    perturbed one comes after, which have no tangent.
+    """
+
+    program: Program
+    key: Key[Array, ""]
+    scales: Scales | None
+    passed: frozenset[Any]
+    direct: frozenset[Any]
+
+    def tangent(
+        self, estimator: AbstractPerturbedActivities, a: Activation, k: Array, by: Any = None
+    ) -> Array:
+        """What an activation is moved along, or with `by`, what it is credited with."""
+        if a.variable in self.direct:
+            return jnp.zeros_like(a.value)
+        scale = 1.0 if self.scales is None else self.scales(a)
+        scale = scale if by is None else by / scale
+        return estimator._tangent(a.site.key(self.key), a, k, scale)
+
+
+@contextlib.contextmanager
+def _refusing_reverse(asked: bool) -> Iterator[None]:
+    """A sentence for what has no reverse mode, where a part of the derivative is taken by it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # what a derivative rule raises can be anything
+        if not asked:
+            raise
+        raise InputError(
+            "exact_mixing=True and exact_direct=True take a part of the derivative in reverse, "
+            f"which JAX refuses here ({str(error).splitlines()[0]}); leave them out"
+        ) from error
 
 
 def _key_after(results: Any, key: Key[Array, ""]) -> Key[Array, ""]:
@@ -190,4 +302,5 @@ def _key_after(results: Any, key: Key[Array, ""]) -> Key[Array, ""]:
 def _(
     estimator: AbstractPerturbedActivities, fun: Objective, params: PyTree
 ) -> list[ExplainedParameter]:
-    return by_layer(estimator._program(fun, params), params, "activation")
+    program = estimator._program(fun, params)
+    return by_layer(program, params, "activation", estimator._not_perturbed(program))

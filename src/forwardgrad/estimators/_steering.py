@@ -9,17 +9,31 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
+from jax.interpreters import ad
 from jaxtyping import Array
 
 from forwardgrad._errors import MOST, InputError
 from forwardgrad._losses import Losses
-from forwardgrad.rewrite import UNKNOWN, Activation, Part, Program, line_of, shared, summed_change
+from forwardgrad.estimators._mixing import Mixing, credited, of_later
+from forwardgrad.rewrite import (
+    UNKNOWN,
+    Activation,
+    Part,
+    Program,
+    Site,
+    line_of,
+    shared,
+    summed_change,
+)
 
 
-def influenced(activation: Activation, losses: Losses, program: Program) -> Array:
+def influenced(
+    activation: Activation, losses: Losses, program: Program, mixing: Mixing = "all"
+) -> Array:
     """What an activation's entries can change of the losses, in a shape that broadcasts to it.
 
     Terms that it cannot change are left out, entries of other examples, patches and groups too.
+    `mixing` says what tokens are credited with that change other tokens' losses.
 
     **Raises:**
 
@@ -30,10 +44,13 @@ def influenced(activation: Activation, losses: Losses, program: Program) -> Arra
         names = losses.axes[i]
         term = losses.terms[i]
         parts = [
-            _own_parts(activation, i, names, name) if size > 1 else None
+            _own_parts(activation, i, names, name, mixing) if size > 1 else None
             for name, size in zip(names, term.shape, strict=True)
         ]
         term = term.astype(jnp.promote_types(term.dtype, jnp.float32))
+        for j, own in enumerate(parts):
+            if own is not None and activation.place(i, names[j]).mixed:
+                term = of_later(term, j, mixing)
         term = jnp.sum(term, axis=tuple(j for j, own in enumerate(parts) if own is None))
         kept = [own for own in parts if own is not None]
         # A collective leaves no axis apart: what has one of its own stays with its worker.
@@ -44,13 +61,15 @@ def influenced(activation: Activation, losses: Losses, program: Program) -> Arra
 
 
 def _own_parts(
-    activation: Activation, term: int, names: Sequence[str], name: str
+    activation: Activation, term: int, names: Sequence[str], name: str, mixing: Mixing
 ) -> tuple[Part, ...] | None:
     """The digits of a place along an axis of the losses, None for all places together."""
     place = activation.place(term, name)
     if place == UNKNOWN:
         raise unknown_axis(activation, name)
-    return None if place.mixed or names.count(name) > 1 else place.parts
+    if names.count(name) > 1 or (place.mixed and not credited(mixing, name, names)):
+        return None
+    return place.parts
 
 
 def unknown_axis(activation: Activation, name: str) -> InputError:
@@ -304,3 +323,24 @@ def isolated(fun: Callable, *args: Any) -> Any:
     closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
     outs = jaxpr_as_fun(closed)(*jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(out), outs)
+
+
+def at_iterations(array: Array, site: Site) -> Array:
+    """The part of a stack that belongs to one iteration of the loops around a layer."""
+    for i in site.iterations:
+        array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
+    return array
+
+
+def zero(x: Array) -> ad.Zero:
+    """A symbol for zero: it costs nothing, where an array of zeros costs a backward pass."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def pulled_back(pullback: Callable[[Any], Any], cotangents: Any) -> Any:
+    """What comes back from cotangents, some of which are symbols for zero."""
+    try:
+        return pullback(cotangents)
+    except Exception:  # not all of JAX's primitives take them: what a `scan` stacks must be arrays
+        is_zero = lambda c: isinstance(c, ad.Zero)  # noqa: E731
+        return pullback(jax.tree.map(ad.instantiate_zeros, cotangents, is_leaf=is_zero))

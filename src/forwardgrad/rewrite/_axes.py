@@ -52,6 +52,7 @@ class NamedAxes(Backward[Places]):
         super().__init__()
         self._consts = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         self._made = _producers(closed.jaxpr)
+        self._located: dict[tuple[Var, Key], tuple[Part, ...] | None] = {}
 
     def join(self, a: Places, b: Places) -> Places:
         """The terms of both, each axis where both have it."""
@@ -119,6 +120,58 @@ class NamedAxes(Backward[Places]):
             _placed(eqn, number, place, [t[i] for t in targets], atom)
             for i, atom in enumerate(eqn.invars)
         ]
+
+    def located(self, v: Any, key: Key) -> Place:
+        """Where an axis is in a variable, also if every way from there to the losses mixes it.
+
+        What such a variable is made of may know it: keys are at the places of what they are made
+        from, queries read that at the same places, and these belong to one loss each.
+        """
+        place = (self.of(v) or {}).get(key, UNKNOWN)
+        if not place.mixed or place.parts is not None:
+            return place
+        if (v, key) not in self._located:
+            self._located[v, key] = self._inherited(v, key)
+        return Place(self._located[v, key], True)
+
+    def _inherited(self, v: Any, key: Key) -> tuple[Part, ...] | None:
+        eqn = self.maker(v)
+        if eqn is None or programs(eqn):
+            return None
+        found = set()
+        for i, atom in enumerate(eqn.invars):
+            parts = None if isinstance(atom, Literal) else self.located(atom, key).parts
+            if parts is not None:
+                found.add(self._after(eqn, eqn.outvars.index(v), i, parts))
+        return found.pop() if len(found) == 1 else None
+
+    def _after(
+        self, eqn: JaxprEqn, number: int, i: int, parts: tuple[Part, ...]
+    ) -> tuple[Part, ...] | None:
+        """Digits along an input's axes as those of an output, by the rules read backwards."""
+        before, after = shape_of(eqn.invars[i]), shape_of(eqn.outvars[number])
+        moved: list[Part] = []
+        for part in parts:
+            if part.axis < 0:
+                moved.append(part)
+                continue
+            if part.through is not None:
+                return None
+            if eqn.primitive.name == "reshape" and i == 0:
+                low = part.inner * math.prod(before[part.axis + 1 :])
+                own = _digits(after, low, part.size) or []
+            else:
+                own = [part._replace(axis=axis) for axis in range(len(after))]
+                own = [p for p in own if self._comes_from(eqn, number, i, p, part)]
+                own = own if len(own) == 1 else []
+            if not own:
+                return None
+            moved += own
+        return normal(moved)
+
+    def _comes_from(self, eqn: JaxprEqn, number: int, i: int, out: Part, part: Part) -> bool:
+        found = self._moved(eqn, number, Place((out,), False))[i]
+        return found is not None and found.parts == (part,)
 
     # What rules may ask for
 

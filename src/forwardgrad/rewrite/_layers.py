@@ -213,6 +213,7 @@ class LayerWalk(AbstractWalk):
             places = {
                 k: p if p.mixed and not self._plan.rules else named[k] for k, p in places.items()
             }
+        places = {k: self._plan.flow.located(v, k) if p == MIXED else p for k, p in places.items()}
         mask, held = _mask(output, z), self._hooks.held
         activation = Activation(
             z,

@@ -36,10 +36,11 @@ from forwardgrad.rewrite._primitives import (
     shape_of,
 )
 from forwardgrad.rewrite._rows import Lookup, lookups
-from forwardgrad.rewrite._stages import Stage, after, stages
+from forwardgrad.rewrite._stages import Stage, after, defined, stages
+from forwardgrad.rewrite._steps import ends, is_elementwise, mixing_steps
 from forwardgrad.rewrite._trace import inline, trace
 from forwardgrad.rewrite._walk import Roles, Sketch
-from forwardgrad.rewrite._workers import collectives
+from forwardgrad.rewrite._workers import collectives, varying_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Program:
         self._forward = forward
         self._given = getattr(fun, "given", ())
         self._towards: dict[Var, dict[Var, Places]] = {}
+        self._steps: dict[str, frozenset[Var]] = {}
 
     def stage_by_stage(
         self, run: Callable[[Stage, int, list[jax.Array]], tuple[Sequence[jax.Array], Any]]
@@ -152,9 +154,47 @@ class Program:
     @functools.cached_property
     def plan(self) -> Plan:
         """Its layers and activations."""
-        losses = self._losses_treedef.unflatten([None] * self.terms)
-        axes = losses.axes if isinstance(losses, Losses) else ((),) * self.terms
-        return Plan(self._closed, axes, self._given, self.collectives, self._forward)
+        return Plan(self._closed, self.axes, self._given, self.collectives, self._forward)
+
+    @property
+    def axes(self) -> Sequence[Sequence[str]]:
+        """For each term of the losses, the names of its axes."""
+        losses = self.losses([None] * self.terms)
+        return losses.axes if isinstance(losses, Losses) else ((),) * self.terms
+
+    def mixing_steps(self, name: str) -> frozenset[Var]:
+        """The activations that something mixes along an axis before the next layer is reached."""
+        if name not in self._steps:
+            self._steps[name] = mixing_steps(self._closed, self.plan, self.axes, name)
+        return self._steps[name]
+
+    def hidden(self, passed: frozenset[Var] = frozenset()) -> frozenset[Var]:
+        """The activations below the last layers, but for those that are passed by."""
+        plan = self.plan
+        found = {v for v in plan.outputs if plan.terms(v) and not plan.is_last(v)}
+        return frozenset(v for v in found - passed if not plan.is_on_its_way(v))
+
+    def direct(self, passed: frozenset[Var]) -> frozenset[Var]:
+        """The activations that no other one comes after, but for those that are passed by."""
+        return ends(self._closed, self.terms, self.hidden(passed))
+
+    def with_direct_scales(self, passed: frozenset[Var]) -> frozenset[Var]:
+        """`passed`, and scales and biases by themselves that only last layers come after."""
+        while True:
+            more = {v for v in self.direct(passed) if is_elementwise(self.plan, v)}
+            if not more:
+                return passed
+            passed |= more
+
+    def no_shifts(self, stage: Stage, passed: frozenset[Var]) -> dict[int, jax.Array]:
+        """Zeros like a stage's activations by their numbers, the loops around them first."""
+        found = {}
+        for v in defined(stage.jaxpr) & self.hidden(passed):
+            output, aval = self.plan.outputs[v], v.aval
+            shape = (*output.loops, *shape_of(v))
+            zeros = jnp.zeros(shape, aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            found[output.number] = varying_like(zeros, aval)
+        return found
 
     def places_towards(self, variable: Var) -> dict[Var, Places]:
         """Where in all other variables the axes of one are, called "0", "1" and so on.

@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from forwardgrad._errors import InputError
 from forwardgrad.rewrite._flow import Influence
-from forwardgrad.rewrite._primitives import is_lasting, is_ref, line_of
+from forwardgrad.rewrite._primitives import is_lasting, is_ref, line_of, programs
 from forwardgrad.rewrite._trace import Array, inline
 from forwardgrad.rewrite._workers import varying
 
@@ -101,6 +101,12 @@ def _cuts(jaxpr: Jaxpr, influence: Influence) -> list[int]:
 
 def _variables(atoms: Iterable[object]) -> list[Var]:
     return [atom for atom in atoms if isinstance(atom, Var)]
+
+
+def defined(jaxpr: Jaxpr) -> frozenset[Var]:
+    """The variables that a program computes, in programs inside as well."""
+    found = {v for eqn in jaxpr.eqns for v in eqn.outvars}
+    return frozenset(found).union(*(defined(p.jaxpr) for eqn in jaxpr.eqns for p in programs(eqn)))
 
 
 def after(results: Any, arrays: Sequence[Any]) -> list[Any]:
