@@ -26,7 +26,7 @@ def test_what_does_not_depend_on_the_argument_is_computed_once():
     assert function.largest == x.nbytes
     # JAX computes the slope of tanh from two arrays, and there are two layers.
     assert function.kept == 4 * x.nbytes
-    assert not function.repeats
+    assert function.depends == (False, True)
     for k in (0.0, 0.5):
         for own, expected in zip(call(jnp.float32(k)), bent(x, k), strict=True):
             assert jnp.allclose(own, expected, atol=1e-6)
@@ -56,10 +56,30 @@ def test_a_function_with_effects_is_not_shared():
     assert shared(noisy, jnp.zeros(()), fixed=False) is None
 
 
-def test_a_loop_repeats():
-    function = shared(lambda k: jax.lax.fori_loop(0, 3, lambda i, x: x * k, k), 1.0, fixed=False)
-    assert function is not None
-    assert function.repeats
+def test_what_comes_out_of_a_loop_with_the_argument_in_it_depends_on_it():
+    def function(k):
+        return jax.jvp(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x * x, x), (2.0,), (k,))
+
+    found = shared(function, jnp.zeros(()), fixed=True)
+    assert found is not None
+    assert found.depends == (True, True)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_layers_in_a_loop_keep_their_gradients(chunk):
+    """The exact gradient of a last layer, after layers in a `scan`."""
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+
+    def losses(params):
+        h, _ = jax.lax.scan(lambda h, w: (jax.nn.relu(h @ w), None), x, params["layers"])
+        return fg.Losses([jnp.mean((h @ params["last"]) ** 2, axis=1) / 16], [("example",)])
+
+    params = {"layers": jnp.stack([W, W]), "last": W[:, :3]}
+    estimator = fg.ActivityPerturbation(tangents=4, chunk=chunk)
+    grads = fg.value_and_grad(losses, estimator)(params, key=jax.random.key(2))[1]
+    exact = fg.value_and_grad(losses, fg.Backpropagation())(params)[1]
+    assert jnp.allclose(grads["last"], exact["last"], rtol=1e-4)
+    assert jnp.any(grads["layers"] != 0)
 
 
 @pytest.mark.parametrize(

@@ -188,11 +188,12 @@ def _with_shared(
     if chunk is not None and chunk >= count:
         return None
     function = shared(along, jax.tree.map(lambda a: a[0], tangents), fixed=reverse)
-    if function is None:
+    # Where what is computed once comes out of a loop with tangents in it, nothing can be shared.
+    if function is None or any(jax.tree.leaves(function.depends[0])):
         return None
     size = function.largest
     if chunk is None:
-        if function.repeats or jax.default_backend() != "cpu":
+        if jax.default_backend() != "cpu":
             return None
         chunk = min(count, max(1, CACHE // max(1, size)))
     # An operation has its input and its output, each of them once for every tangent at a time.

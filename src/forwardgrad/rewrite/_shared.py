@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from forwardgrad.rewrite._primitives import CUSTOM_JVP, CUSTOM_VJP, programs
 from forwardgrad.rewrite._trace import INFO, inline
 
 
@@ -17,13 +16,14 @@ class Shared(NamedTuple):
     - `start`: computes that, and returns the function, whose calls compute the rest.
     - `kept`: the bytes of what is computed once and is needed in the calls.
     - `largest`: the bytes of the largest array that a call computes.
-    - `repeats`: whether a call has loops or branches, all of whose work it does again.
+    - `depends`: of which outputs it is not known that they are the same in all calls. A loop's are
+        none of those, if its body has anything to do with the argument.
     """
 
     start: Callable[[], Callable[[Any], Any]]
     kept: int
     largest: int
-    repeats: bool
+    depends: Any
 
 
 def shared(function: Callable[[Any], Any], like: Any, *, fixed: bool) -> Shared | None:
@@ -67,8 +67,8 @@ def shared(function: Callable[[Any], Any], like: Any, *, fixed: bool) -> Shared 
         start,
         kept=sum(_bytes(v) for v in needed if v not in given),
         largest=max([_bytes(v) for eqn in late for v in eqn.outvars], default=0),
-        repeats=any(
-            programs(eqn) for eqn in late if eqn.primitive.name not in (CUSTOM_JVP, CUSTOM_VJP)
+        depends=jax.tree.unflatten(
+            jax.tree.structure(out), [isinstance(a, Var) and a in own for a in jaxpr.outvars]
         ),
     )
 
