@@ -227,8 +227,12 @@ class Devices:
             done.set()
 
     def _watch(self, done: threading.Event) -> None:
-        number = 0
+        number, silence = 0, LostError(f"no answer for {SILENCE_SECONDS} seconds")
         while not done.wait(BEAT_SECONDS):
+            # The barrier does not return where it cannot reach the coordinator.
+            timer = threading.Timer(SILENCE_SECONDS + 5, lambda: done.is_set() or leave(silence))
+            timer.daemon = True
+            timer.start()
             try:
                 ocp.multihost.sync_global_processes(
                     f"forwardgrad {number}",
@@ -237,7 +241,9 @@ class Devices:
                 )
             except Exception:
                 if not done.is_set():
-                    leave(LostError(f"no answer for {SILENCE_SECONDS} seconds"))
+                    leave(silence)
+            finally:
+                timer.cancel()
             number += 1
 
 
