@@ -189,7 +189,7 @@ def main(options: Options) -> None:
     estimators: dict[str, fg.AbstractEstimator] = {
         "all tokens": make(),
         "causal": make(mixing="causal"),
-        **{f"discounted, {r}": make(mixing=fg.Discounted(r)) for r in (0.9, 0.5, 0.0)},
+        **{f"discounted, {r}": make(mixing=r) for r in (0.9, 0.5, 0.0)},
         "one exact step": step,
         "and direct part": make(exact_mixing=True, exact_direct=True),
         "and causal": make(exact_mixing=True, exact_direct=True, mixing="causal"),

@@ -284,7 +284,7 @@ def test_discounted_credit_is_the_formula(rate):
     weight = np.where(lag >= 0, rate ** np.maximum(lag, 0.0), 0)
     credit = np.einsum("ats,atbsd->bsd", np.broadcast_to(weight, (2, *weight.shape)), jacobian)
     expected = np.einsum("bsi,bsd->id", LAYERS["words"][INPUTS], credit)
-    found = mean_estimate(running_mean, LAYERS, fg.ActivityPerturbation(mixing=fg.Discounted(rate)))
+    found = mean_estimate(running_mean, LAYERS, fg.ActivityPerturbation(mixing=rate))
     np.testing.assert_allclose(found["in"], expected, rtol=1e-3, atol=1e-6)
 
 
@@ -350,7 +350,7 @@ def in_a_while_loop(p):
     [
         (by_example, {"mixing": "causal"}, "mixing='causal' needs losses with an axis 'token'"),
         (by_example, {"exact_mixing": True}, "exact_mixing=True needs losses with an axis"),
-        (no_tokens, {"mixing": fg.Discounted(0.5)}, "and it is in none of them"),
+        (no_tokens, {"mixing": 0.5}, "and it is in none of them"),
         (no_tokens, {"exact_mixing": True}, "and it is in none of them"),
         (all_mixed, {"exact_mixing": True}, "exact_mixing=True would be backpropagation here"),
         (in_a_while_loop, {"exact_mixing": True}, "which JAX refuses here"),
@@ -367,8 +367,10 @@ def test_refusals(losses, options, message):
 def test_refused_options(unchecked):
     with pytest.raises(fg.InputError, match="mixing 'later' is unknown"):
         fg.ActivityPerturbation(mixing="later")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(fg.InputError, match=r"rate must be between 0 and 1, got 1\.5"):
-        fg.Discounted(1.5)
+    with pytest.raises(
+        fg.InputError, match=r"mixing must be a name or a number between 0 and 1, got 1\.5"
+    ):
+        fg.ActivityPerturbation(mixing=1.5)
 
 
 # What reaches the losses past all other layers

@@ -30,7 +30,6 @@ from forwardgrad.estimators import ActivityPerturbation as ActivityPerturbation
 from forwardgrad.estimators import Backpropagation as Backpropagation
 from forwardgrad.estimators import BalancedTangents as BalancedTangents
 from forwardgrad.estimators import DirectFeedbackAlignment as DirectFeedbackAlignment
-from forwardgrad.estimators import Discounted as Discounted
 from forwardgrad.estimators import ExplainedParameter as ExplainedParameter
 from forwardgrad.estimators import FeedbackAlignment as FeedbackAlignment
 from forwardgrad.estimators import NodePerturbation as NodePerturbation
@@ -54,7 +53,6 @@ __all__ = [
     "Diagnosis",
     "DiagnosisRow",
     "DirectFeedbackAlignment",
-    "Discounted",
     "Estimation",
     "ExplainedParameter",
     "Explanation",

@@ -12,7 +12,6 @@ from forwardgrad.estimators._direct_feedback_alignment import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )
 from forwardgrad.estimators._feedback_alignment import FeedbackAlignment as FeedbackAlignment
-from forwardgrad.estimators._mixing import Discounted as Discounted
 from forwardgrad.estimators._node_perturbation import NodePerturbation as NodePerturbation
 from forwardgrad.estimators._scalars import Scalars as Scalars
 from forwardgrad.estimators._weight_perturbation import WeightPerturbation as WeightPerturbation
@@ -25,7 +24,6 @@ __all__ = [
     "Backpropagation",
     "BalancedTangents",
     "DirectFeedbackAlignment",
-    "Discounted",
     "ExplainedParameter",
     "FeedbackAlignment",
     "NodePerturbation",

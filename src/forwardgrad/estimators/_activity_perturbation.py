@@ -48,10 +48,11 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     - `chunk`: how many tangents are computed at a time; see `WeightPerturbation`. What they share
         is always kept, because reverse mode keeps most of it in any case.
     - `mixing`: what an activation is credited with that changes other tokens' losses too, where
-        losses have an axis `"token"`: the change of `"all"` tokens' losses; of its own and later
-        tokens' with `"causal"`, which has no bias if an activation changes no earlier token's loss,
-        as in a causal decoder (this is not checked); or of later ones the less, the later they are,
-        [`forwardgrad.Discounted`][], which has a bias.
+        losses have an axis `"token"`: the change of `"all"` tokens' losses, of its own and later
+        ones with `"causal"`, or of later ones times a number's power of the lag. `"causal"` has no
+        bias if an activation changes no earlier token's loss, as in a causal decoder; this is not
+        checked. A number $\gamma$ below one, $\gamma^{t-s}$ for the loss of token t and an
+        activation at token s, has less variance, and a bias: 0 is the own token's loss alone.
     - `exact_mixing`: do not perturb what attention or a recurrence mixes, such as queries, keys and
         values. The estimate for the next layer's activation is taken back to them through this
         one step, by reverse mode. It has no bias, and much less variance.

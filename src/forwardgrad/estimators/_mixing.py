@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,43 +14,18 @@ TOKEN = "token"
 """The name that losses give to the axis that this is about."""
 
 
-class Discounted(eqx.Module):
-    r"""Later tokens count less: a `mixing` of [`forwardgrad.ActivityPerturbation`][].
-
-    What an activation at token s changes of the loss of token $t \ge s$ is multiplied by
-    $\gamma^{t-s}$. This has less variance than `"causal"`, and a bias: of the effect on later
-    tokens, only so much is seen. With $\gamma = 1$ it is `"causal"`, with 0 a token is credited
-    with its own loss alone.
-
-    **Arguments:**
-
-    - `rate`: $\gamma$, from 0 to 1.
-
-    **Raises:**
-
-    `InputError` if `rate` is out of range.
-
-    >>> import forwardgrad as fg
-    >>> fg.ActivityPerturbation(mixing=fg.Discounted(0.9)).mixing.rate
-    0.9
-    """
-
-    rate: float
-
-    def __check_init__(self):
-        if not 0 <= self.rate <= 1:
-            raise InputError(f"rate must be between 0 and 1, got {self.rate!r}")
-
-
 Named: TypeAlias = Literal["all", "causal"]
-Mixing: TypeAlias = Named | Discounted
+Mixing: TypeAlias = Named | float
 
 
 def check_mixing(estimator: Any) -> None:
     """Raise an `InputError` if `mixing` is not one of the choices."""
     mixing = estimator.mixing
-    if not isinstance(mixing, Discounted) and mixing not in get_args(Named):
-        raise unknown_name("mixing", str(mixing), (*get_args(Named), "forwardgrad.Discounted(...)"))
+    if isinstance(mixing, str):
+        if mixing not in get_args(Named):
+            raise unknown_name("mixing", mixing, get_args(Named))
+    elif isinstance(mixing, bool) or not isinstance(mixing, (int, float)) or not 0 <= mixing <= 1:
+        raise InputError(f"mixing must be a name or a number between 0 and 1, got {mixing!r}")
 
 
 def check_tokens(program: Program, option: str) -> None:
@@ -73,9 +47,9 @@ def check_tokens(program: Program, option: str) -> None:
 
 def of_later(changes: Float[Array, "..."], axis: int, mixing: Mixing) -> Float[Array, "..."]:
     """For each token, what it is credited with of its own and later tokens' changes."""
-    if isinstance(mixing, Discounted):
+    if not isinstance(mixing, str):
         lag = jnp.arange(changes.shape[axis]) - jnp.arange(changes.shape[axis])[:, None]
-        weight = jnp.where(lag >= 0, mixing.rate ** jnp.maximum(lag, 0), 0).astype(changes.dtype)
+        weight = jnp.where(lag >= 0, mixing ** jnp.maximum(lag, 0), 0).astype(changes.dtype)
         return jnp.moveaxis(jnp.tensordot(changes, weight, ((axis,), (1,))), -1, axis)
     return jax.lax.cumsum(changes, axis, reverse=True)
 

@@ -224,8 +224,10 @@ def _together(along: Callable[..., tuple[Any, Any]], tangents: Any, count: int) 
 
 def _in_chunks(each: Callable[[Any], Any], tangents: Any, chunk: int) -> Any:
     """`each` of so many tangents at a time, one chunk after another."""
-    cut = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), tangents)
-    return jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), jax.lax.map(each, cut))
+    cut = jax.tree.map(lambda a: a.reshape(len(a) // chunk, chunk, *a.shape[1:]), tangents)
+    return jax.tree.map(
+        lambda d: d.reshape(d.shape[0] * chunk, *d.shape[2:]), jax.lax.map(each, cut)
+    )
 
 
 def check_one_by_one(program: Program, estimator: str) -> None:
