@@ -3,7 +3,7 @@
 import jax
 
 from forwardgrad.networks import AbstractNetwork, copy_axes
-from forwardgrad.networks._base import Images
+from forwardgrad.networks._base import Examples
 from forwardgrad.objectives._base import AbstractObjective, Outcome, heads_of, with_classifier
 from forwardgrad.objectives._replicated import replicated_loss
 from forwardgrad.objectives._supervised import Supervised
@@ -15,7 +15,7 @@ class LocalLoss(AbstractObjective):
 
     Block i has a head on its features and the loss $L_i$, replicated over patches and groups (see
     [`replicated_loss`][forwardgrad.objectives.replicated_loss]); the network's classifier has the
-    cross-entropy L.
+    cross-entropy L. A network of texts has a loss for every token instead, and no copies.
 
     - Local losses, `greedy=False`: $L + \sum_i L_i$. Gradients pass from block to block.
     - Greedy local losses, `greedy=True`: the same sum, but no gradient passes from one block to
@@ -53,19 +53,27 @@ class LocalLoss(AbstractObjective):
         """Always."""
         return True
 
-    def __call__(self, network: AbstractNetwork, images: Images, labels: Labels) -> Outcome:
+    def __call__(self, network: AbstractNetwork, examples: Examples, labels: Labels) -> Outcome:
         """The losses, block by block and the classifier's last, and the wrong predictions."""
         heads = heads_of(network, "local losses need")
         stop = jax.lax.stop_gradient if self.greedy and self.blockwise else lambda x: x
-        x, terms, axes = network.embed(images), [], []
+        x, terms, axes = network.embed(examples), [], []
         for i, (block, head) in enumerate(zip(network.blocks, heads, strict=True)):
-            x = block(stop(x))
+            x = block(x)
             if self.blockwise or i == len(network.blocks) - 1:
-                group, patch = copy_axes(i)
-                terms.append(self._replicated(network, x, head, labels))
-                axes.append((group, "example", patch))
+                term, names = self._of_block(network, i, x, head, labels)
+                terms.append(term)
+                axes.append(names)
+            x = stop(x)
         detached = self.greedy or not self.task.uses_labels
         return with_classifier(network, x, labels, terms, axes, detached=detached)
+
+    def _of_block(self, network, number, x, head, labels):
+        """The losses of a block, and the names of their axes."""
+        if network.by_token:
+            return self.task.losses(head(network.pooled(x)), labels), network.axes
+        group, patch = copy_axes(number)
+        return self._replicated(network, x, head, labels), (group, "example", patch)
 
     def _replicated(self, network, x, head, labels):
         features = network.features(x)
