@@ -81,7 +81,7 @@ def load(
     >>> len(dataset.train), len(dataset.test), dataset.image_shape, len(dataset.classes)
     (1437, 360, (8, 8, 1), 10)
     """
-    folder = _data_folder(data_dir)
+    folder = data_folder(data_dir)
     if name == "digits":
         if label_column is not None:
             raise InputError(f"label_column (={label_column!r}) is not for dataset 'digits'")
@@ -98,7 +98,7 @@ def load(
     return Dataset(name, train.image_shape, classes, *splits, *channel_statistics(sample))
 
 
-def _data_folder(data_dir: Path | str | None) -> Path | None:
+def data_folder(data_dir: Path | str | None) -> Path | None:
     source = "data_dir" if data_dir else "FORWARDGRAD_DATA"
     data_dir = data_dir or os.environ.get("FORWARDGRAD_DATA")
     if not data_dir:

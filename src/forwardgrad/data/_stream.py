@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -17,6 +18,14 @@ _AHEAD = 2 * _THREADS
 _RESIDENT_CHUNK = 512
 
 
+class RandomAccess(Protocol):
+    """So many examples, any of which can be had."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: Int[np.ndarray, " batch"]) -> Batch: ...
+
+
 class StreamedSplit(Split):
     """A split that stays on disk, memory-mapped; threads decode batches ahead of their use.
 
@@ -24,10 +33,10 @@ class StreamedSplit(Split):
 
     **Arguments:**
 
-    - `rows`: random access to decoded rows.
+    - `rows`: random access to decoded rows, or to windows of a text.
     """
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: RandomAccess):
         self._rows = rows
 
     def __len__(self) -> int:

@@ -57,19 +57,23 @@ def from_folder(folder: Path, test_split: str | None = None) -> tuple[Table, Tab
             test = next((split for split in there if split != "train"), "test")
             return read(paths["train"]), read(paths[test])
     if next(folder.rglob("*.parquet"), None):
-        try:
-            with _quiet(), _offline():
-                splits = _load(str(folder.absolute()))
-        except Exception as error:  # readers, README and cache each have their own classes
-            raise InputError(
-                f"folder {folder} cannot be loaded: {_reason(error).rstrip('.')}; a folder inside "
-                "of it may be meant, or put train.parquet and test.parquet there"
-            ) from error
-        return _chosen(splits, test_split, f"folder {folder}", str(folder))
+        return _chosen(folder_splits(folder), test_split, f"folder {folder}", str(folder))
     raise InputError(
         f"folder {folder} holds no data set: put train.parquet and test.parquet there, "
         "or folders train and test with a folder of images for each class"
     )
+
+
+def folder_splits(folder: Path) -> datasets.DatasetDict:
+    """All splits of parquet files as the hub has them."""
+    try:
+        with quiet(), _offline():
+            return _load(str(folder.absolute()))
+    except Exception as error:  # readers, README and cache each have their own classes
+        raise InputError(
+            f"folder {folder} cannot be loaded: {_reason(error).rstrip('.')}; a folder inside "
+            "of it may be meant, or put train.parquet and test.parquet there"
+        ) from error
 
 
 def from_parquet(path: Path) -> Table:
@@ -103,7 +107,7 @@ def _read(builder: str, source: Path, files: Path) -> Table:
     pattern = str(Path(glob.escape(str(source.absolute()))) / files.relative_to(source))
     try:
         # Online, even a local file makes `datasets` report to the hub that it is being read.
-        with _quiet(), _offline():
+        with quiet(), _offline():
             rows = _load(builder, data_files={"train": pattern}, split="train")
     except Exception as error:  # readers, decompressors and the cache each have their own classes
         raise InputError(
@@ -130,14 +134,24 @@ def from_hub(name: str, repository: str, test_split: str | None = None) -> tuple
     `InputError` if the hub has no such data set, cannot be reached within a few seconds and the
     cache does not have it either, or has no train and test split.
     """
-    with _quiet():
+    splits = hub_splits(name, repository)
+    return _chosen(splits, test_split, f"dataset {name!r} on the Hugging Face hub", repository)
+
+
+def hub_splits(name: str, repository: str, *configuration: str) -> datasets.DatasetDict:
+    """All splits of a data set on the hub, of the configuration if it has several.
+
+    **Raises:**
+
+    `InputError` as `from_hub`.
+    """
+    with quiet():
         reachable = _hub_has(repository)
         try:
             with contextlib.nullcontext() if reachable else _offline():
-                splits = _load(repository)
+                return _load(repository, *configuration)
         except Exception as error:  # network, disk, parser: each has its own classes
             raise _hub_error(name, repository, reachable, error) from error
-    return _chosen(splits, test_split, f"dataset {name!r} on the Hugging Face hub", repository)
 
 
 def _chosen(
@@ -207,7 +221,7 @@ def _offline() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, log lines or warnings of the Hugging Face libraries."""
     with contextlib.ExitStack() as restore, warnings.catch_warnings():
         warnings.simplefilter("ignore")
