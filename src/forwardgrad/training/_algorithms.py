@@ -12,7 +12,7 @@ from forwardgrad.estimators import (
     FeedbackAlignment,
     WeightPerturbation,
 )
-from forwardgrad.networks import size_of
+from forwardgrad.networks import gpt_size_of, size_of
 from forwardgrad.objectives import (
     AbstractObjective,
     AbstractTask,
@@ -34,35 +34,52 @@ class Estimation(NamedTuple):
     """How credit reaches the weights, with settings that suit it.
 
     A LocalMixer's normalised activations allow larger steps: `for_mixers` are settings that suit
-    it better, and `for_contrastive` those for contrastive learning of one.
+    it better, and `for_contrastive` those for contrastive learning of one. `for_texts` are settings
+    for decoders, beside those of all, `FOR_TEXTS`.
     """
 
     estimator: AbstractEstimator
     defaults: Mapping[str, Any]
     for_mixers: Mapping[str, Any]
+    for_texts: Mapping[str, Any]
     for_contrastive: Mapping[str, Any] = {}
+
+
+FOR_TEXTS: dict[str, Any] = {"optimizer": "adam", "batch_size": 8, "epochs": 2}
+"""Settings that suit decoders: windows of 64 characters, 512 tokens a step."""
 
 
 ESTIMATORS: dict[str, Estimation] = {
     "bp": Estimation(
-        Backpropagation(), {"learning_rate": 0.02, "momentum": 0.9}, {"learning_rate": 0.05}
+        Backpropagation(),
+        {"learning_rate": 0.02, "momentum": 0.9},
+        {"learning_rate": 0.05},
+        {"learning_rate": 3e-3},
     ),
     "fa": Estimation(
-        FeedbackAlignment(), {"learning_rate": 2e-3, "momentum": 0.9}, {"learning_rate": 0.05}
+        FeedbackAlignment(),
+        {"learning_rate": 2e-3, "momentum": 0.9},
+        {"learning_rate": 0.05},
+        {"learning_rate": 1e-3},
     ),
     "dfa": Estimation(
-        DirectFeedbackAlignment(), {"learning_rate": 2e-3, "momentum": 0.9}, {"learning_rate": 0.05}
+        DirectFeedbackAlignment(),
+        {"learning_rate": 2e-3, "momentum": 0.9},
+        {"learning_rate": 0.05},
+        {"learning_rate": 1e-3},
     ),
     "fg-w": Estimation(
         WeightPerturbation(tangents=16, clip=1.0, exact_last=True),
         {"learning_rate": 4e-3, "momentum": 0.0},
         {"learning_rate": 0.01, "momentum": 0.9},
+        {"learning_rate": 1e-3},
         {"tangents": 1},
     ),
     "fg-a": Estimation(
         ActivityPerturbation(tangents=4),
         {"learning_rate": 1e-3, "momentum": 0.9},
         {"learning_rate": 0.03},
+        {"learning_rate": 1e-3},
         {"learning_rate": 0.05, "tangents": 1},
     ),
 }
@@ -100,6 +117,8 @@ def parts(algorithm: str, task: str) -> tuple[AbstractObjective, AbstractEstimat
 def defaults(algorithm: str, network: str, task: str) -> dict[str, Any]:
     """Settings that suit an algorithm, on a network and for a task."""
     row = ESTIMATORS[_split(algorithm)[1]]
+    if gpt_size_of(network) is not None:
+        return {**row.defaults, **FOR_TEXTS, **row.for_texts}
     if size_of(network) is None:
         return dict(row.defaults)
     contrastive = row.for_contrastive if task == "contrastive" else {}

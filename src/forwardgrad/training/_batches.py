@@ -1,31 +1,66 @@
 """What a network gets to see: feeds of the compiled loop, inputs, and what is tested on."""
 
+import abc
 import itertools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from forwardgrad._errors import InputError
 from forwardgrad.augmentation import AbstractAugmentation, augment
-from forwardgrad.data import Dataset, ResidentSplit, Split, StreamedSplit
+from forwardgrad.data import Dataset, Split, StreamedSplit, Text
 from forwardgrad.objectives import two_views, wrong
-from forwardgrad.training._config import TrainConfig
+from forwardgrad.training._config import ImageSettings, TrainConfig
 
 
 class Feed(eqx.Module):
     """Examples on the device, and which of them make up each batch."""
 
-    images: UInt8[Array, "examples height width channels"]
-    labels: Int[Array, " examples"]
+    examples: UInt8[Array, "examples height width channels"] | Int[Array, "examples tokens"]
+    labels: Int[Array, "examples *tokens"]
     order: Int[Array, "steps batch"]
 
 
-class Inputs(eqx.Module):
-    """From a batch as it is stored to a batch as a network gets it.
+class AbstractInputs(eqx.Module):
+    """From a batch as it is stored to a batch as a network gets it."""
+
+    views: eqx.AbstractVar[int]
+    """How many of each example a step sees."""
+
+    @abc.abstractmethod
+    def training(self, examples: Array, labels: Array, key: Key[Array, ""]) -> tuple[Array, Array]:
+        """The examples, and the labels, of a step."""
+
+    @abc.abstractmethod
+    def plain(self, examples: Array) -> Array:
+        """Examples as they are."""
+
+
+class TextInputs(AbstractInputs):
+    """Tokens, as they are stored."""
+
+    views: int = eqx.field(static=True, default=1)
+
+    def training(
+        self, examples: Int[Array, "batch tokens"], labels: Array, key: Key[Array, ""]
+    ) -> tuple[Int[Array, "batch tokens"], Array]:
+        """The tokens and the ones that follow."""
+        del key
+        return examples, labels
+
+    def plain(self, examples: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+        """The tokens."""
+        return examples
+
+
+class Inputs(AbstractInputs):
+    """Images: augmented and normalised.
 
     **Arguments:**
 
@@ -41,12 +76,12 @@ class Inputs(eqx.Module):
 
     def training(
         self,
-        images: UInt8[Array, "batch height width channels"],
+        examples: UInt8[Array, "batch height width channels"],
         labels: Int[Array, " batch"],
         key: Key[Array, ""],
     ) -> tuple[Float[Array, "examples height width channels"], Int[Array, " examples"]]:
         """Augmented images, and labels, of a step."""
-        pixels = _to_unit(images)
+        pixels = _to_unit(examples)
         keys = jax.random.split(key, self.views)
         views = [augment(self.augmentation, pixels, k) for k in keys]
         if self.views == 1:
@@ -54,10 +89,10 @@ class Inputs(eqx.Module):
         return self._normalised(two_views(*views)), two_views(labels, labels)
 
     def plain(
-        self, images: UInt8[Array, "batch height width channels"]
+        self, examples: UInt8[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width channels"]:
         """Images as they are."""
-        return self._normalised(_to_unit(images))
+        return self._normalised(_to_unit(examples))
 
     def _normalised(self, pixels: Array) -> Array:
         return (pixels - self.shift) / self.scale
@@ -67,14 +102,17 @@ def _to_unit(images: Array) -> Array:
     return images.astype(jnp.float32) / 255
 
 
-def make_inputs(config: TrainConfig, data: Dataset) -> Inputs:
-    """What the settings make of a data set's images."""
-    channels = data.image_shape[2]
+def make_inputs(config: TrainConfig, data: Dataset | Text) -> AbstractInputs:
+    """What the settings make of a data set's images, or of a text."""
+    if isinstance(data, Text):
+        return TextInputs()
+    settings, channels = config.data, data.image_shape[2]
+    assert isinstance(settings, ImageSettings)
     return Inputs(
-        augmentation=config.augmentation.build(),
+        augmentation=settings.augmentation.build(),
         views=2 if config.task == "contrastive" else 1,
-        shift=jnp.asarray(data.mean) if config.normalise else jnp.zeros(channels),
-        scale=jnp.asarray(data.std) if config.normalise else jnp.ones(channels),
+        shift=jnp.asarray(data.mean) if settings.normalise else jnp.zeros(channels),
+        scale=jnp.asarray(data.std) if settings.normalise else jnp.ones(channels),
     )
 
 
@@ -86,9 +124,9 @@ Feeds = Callable[[int, int], Iterator[tuple[Feed, int, int]]]
 """`feeds(epoch, start)`: for the steps of an epoch from `start` on, with the range in each."""
 
 
-def _resident(split: ResidentSplit, batch_size: int, key: Key[Array, ""]) -> Feeds:
+def _resident(split: Split, batch_size: int, key: Key[Array, ""]) -> Feeds:
     """All examples on the device, in one feed; only their order changes."""
-    images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
+    examples, labels = map(jnp.asarray, next(split.ordered(len(split))))
     steps = len(split) // batch_size
 
     @jax.jit
@@ -97,7 +135,7 @@ def _resident(split: ResidentSplit, batch_size: int, key: Key[Array, ""]) -> Fee
         return shuffled[: steps * batch_size].reshape(steps, batch_size)
 
     def feeds(epoch: int, start: int) -> Iterator[tuple[Feed, int, int]]:
-        yield Feed(images, labels, order(epoch)), start, steps
+        yield Feed(examples, labels, order(epoch)), start, steps
 
     return feeds
 
@@ -112,9 +150,9 @@ def _streamed(split: StreamedSplit, batch_size: int, seed: int) -> Feeds:
         while stack := list(itertools.islice(batches, STACK)):
             # A short stack is filled up, so that one compiled loop serves all.
             full = [*stack, *[stack[-1]] * (STACK - len(stack))]
-            images, labels = (np.concatenate(part) for part in zip(*full, strict=True))
-            order = np.arange(len(images)).reshape(STACK, batch_size)
-            feed = Feed(jnp.asarray(images), jnp.asarray(labels), jnp.asarray(order, jnp.int32))
+            examples, labels = (np.concatenate(part) for part in zip(*full, strict=True))
+            order = np.arange(len(examples)).reshape(STACK, batch_size)
+            feed = Feed(jnp.asarray(examples), jnp.asarray(labels), jnp.asarray(order, jnp.int32))
             yield feed, 0, len(stack)
 
     return feeds
@@ -131,49 +169,67 @@ def make_feeds(split: Split, batch_size: int, key: Key[Array, ""], seed: int) ->
         raise InputError(
             f"batch_size (={batch_size}) is larger than the training set of {len(split)} examples"
         )
-    if isinstance(split, ResidentSplit):
-        return _resident(split, batch_size, key)
-    assert isinstance(split, StreamedSplit)
-    return _streamed(split, batch_size, seed)
+    if isinstance(split, StreamedSplit):
+        return _streamed(split, batch_size, seed)
+    return _resident(split, batch_size, key)
 
 
 BATCH = 500
+"""Examples that are evaluated at once, at most."""
+
+MOST_OUTPUTS = 2**24
+"""Logits that are computed at once, at most."""
 
 
 Predict = Callable[[PyTree, Array], Array]
-"""`(params, images uint8) -> logits`."""
+"""`(params, examples) -> logits`, of examples as they are stored."""
 
 
-def make_error(
-    predict: Predict, split: Split, limit: int | None = None
-) -> Callable[[PyTree], float]:
-    """A function of the parameters: the per cent of wrong predictions on a split.
+class Evaluation(NamedTuple):
+    """How well predictions are, on average: the per cent that are wrong, the cross-entropy."""
+
+    error: float
+    loss: float
+
+
+def make_evaluation(
+    predict: Predict, split: Split, limit: int | None = None, batch: int = BATCH
+) -> Callable[[PyTree], Evaluation]:
+    """A function of the parameters: how well predictions are on a split.
 
     `limit` stops after about that many examples.
     """
 
     @jax.jit
-    def count(params, images, labels):
-        return wrong(predict(params, images), labels)
+    def add(totals, params, examples, labels):
+        logits, there = predict(params, examples), labels >= 0
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        # What fills up a batch has a label that is always wrong.
+        mistakes = wrong(logits, labels) - jnp.sum(~there)
+        return totals[0] + mistakes, totals[1] + jnp.sum(jnp.where(there, losses, 0))
 
-    def error(params: PyTree) -> float:
-        mistakes, total = jnp.zeros((), jnp.int32), 0
-        for images, labels, padding in batches(split, limit):
-            # What fills up a batch has a label that is always wrong.
-            mistakes += count(params, images, labels) - padding
-            total += len(labels) - padding
-        return 100.0 * int(mistakes) / total
+    def evaluate(params: PyTree) -> Evaluation:
+        totals, count = (jnp.zeros((), jnp.int32), jnp.zeros(())), 0
+        for examples, labels, _ in batches(split, limit, batch):
+            totals = add(totals, params, examples, labels)
+            count += int(np.sum(labels >= 0))
+        return Evaluation(100.0 * int(totals[0]) / count, float(totals[1]) / count)
 
-    return error
+    return evaluate
 
 
-def batches(split: Split, limit: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Batches of `BATCH` examples in the split's order, and how many of each only fill it up.
+def batches(
+    split: Split, limit: int | None = None, batch: int = BATCH
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Batches of `batch` examples in the split's order, and how many of each only fill it up.
 
-    A short batch is filled up with black images of the label -1, so that one program serves all.
+    A short batch is filled up with zeros of the label -1, so that one program serves all.
     """
+
+    def filled(array, missing, value):
+        return np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=value)
+
     count = len(split) if limit is None else min(limit, len(split))
-    for images, labels in itertools.islice(split.ordered(BATCH), -(-count // BATCH)):
-        missing = BATCH - len(labels)
-        images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
-        yield images, np.pad(labels, (0, missing), constant_values=-1), missing
+    for examples, labels in itertools.islice(split.ordered(batch), -(-count // batch)):
+        missing = batch - len(labels)
+        yield filled(examples, missing, 0), filled(labels, missing, -1), missing

@@ -21,7 +21,7 @@ from forwardgrad.training._config import (
 )
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-CHECKPOINTS, CURVES = "checkpoints", "curves.png"
+CHECKPOINTS, CURVES, SAMPLE = "checkpoints", "curves.png", "sample.txt"
 LOCK = ".lock"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from os.path import lexists
@@ -15,7 +16,8 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from forwardgrad._errors import InputError
-from forwardgrad._files import writing
+from forwardgrad._files import write_text, writing
+from forwardgrad.data import Text
 from forwardgrad.results import Measurement, Summary, read_lines, save, write
 from forwardgrad.training._batches import Feed
 from forwardgrad.training._checkpoint import Checkpoints, Progressed
@@ -25,6 +27,7 @@ from forwardgrad.training._folder import (
     CONFIG,
     CURVES,
     METRICS,
+    SAMPLE,
     SUMMARY,
     Run,
     find_folder,
@@ -130,6 +133,11 @@ def restored(folder: Path, data_dir: Path | str | None) -> tuple[TrainConfig, Se
     return config, setup, found.state.params
 
 
+def finite(number: float) -> float | None:
+    """A number that JSON has, or None."""
+    return number if math.isfinite(number) else None
+
+
 _OF_THE_CONFIG = ("task", "algorithm", "network", "dataset", "seed")
 
 
@@ -172,20 +180,23 @@ class _Session:
                     self._save()
 
     def finish(self) -> Run:
-        """Measure the final errors, and write the summary and the picture."""
+        """Measure the final errors, and write the sample, the picture and the summary."""
         self._save()
         config, lines = self.config, tuple(self.metrics.lines)
         assert lines[-1].test_error is not None
         assert lines[-1].loss is not None
         epochs = self.step / self.setup.steps_per_epoch
+        train_error = self.setup.on_train(self.state.params).error
         summary = Summary.here(
             **{name: getattr(config, name) for name in _OF_THE_CONFIG},
             epochs=int(epochs) if epochs.is_integer() else epochs,
             steps=self.step,
             parameters=self.setup.parameters,
             test_error=lines[-1].test_error,
-            train_error=self.setup.train_error(self.state.params),
+            train_error=train_error,
             train_loss=lines[-1].loss,
+            test_loss=lines[-1].test_loss,
+            **self._of_text(lines[-1].test_loss),
             seconds=self.seconds,
         )
         title = f"{config.algorithm}, {config.network}, {config.dataset}"
@@ -193,6 +204,19 @@ class _Session:
         # Last: a run is finished when its summary is there.
         write(self.folder / SUMMARY, summary)
         return Run(self.folder, config, lines, summary)
+
+    def _of_text(self, test_loss: float | None) -> dict[str, Any]:
+        """What a summary has of a run on a text; leaves a sample."""
+        data, params = self.setup.data, self.state.params
+        if not isinstance(data, Text):
+            return {}
+        write_text(self.folder / SAMPLE, "".join(self.setup.sample(params) or ()))
+        validation = self.setup.on_validation
+        bits = None if test_loss is None else test_loss / math.log(2) / data.characters_per_token
+        return {
+            "validation_loss": validation and finite(validation(params).loss),
+            "bits_per_character": bits,
+        }
 
     def close(self) -> None:
         """Let go of the files."""
@@ -268,15 +292,17 @@ class _Session:
 
     def _report_epoch(self, losses: np.ndarray, position: int) -> None:
         wrong = int(np.sum(np.asarray(self.state.errors)[:position]))
-        epoch, test_error = -(-self.step // self.setup.steps_per_epoch), None
+        epoch, tested = -(-self.step // self.setup.steps_per_epoch), None
         if epoch % self.config.eval_every == 0 or self.step == self.setup.steps:
-            self.progress.error = test_error = self.setup.test_error(self.state.params)
+            tested = self.setup.on_test(self.state.params)
+            self.progress.error = tested.error
         self._add(
             "epoch",
             loss=float(np.mean(losses)),
             learning_rate=self._rate(),
-            train_error=100.0 * wrong / (position * self.setup.examples_per_step),
-            test_error=test_error,
+            train_error=100.0 * wrong / (position * self.setup.predictions_per_step),
+            test_error=tested and tested.error,
+            test_loss=tested and finite(tested.loss),
         )
 
     def _rate(self) -> float:

@@ -5,16 +5,30 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
 from forwardgrad._errors import MOST, InputError
 from forwardgrad._losses import Losses
-from forwardgrad.data import Dataset, load
+from forwardgrad.data import Dataset, Text, load, load_text
+from forwardgrad.data._text import holds_text
 from forwardgrad.estimators import AbstractEstimator
-from forwardgrad.networks import AbstractNetwork, build
-from forwardgrad.training._batches import make_error, make_feeds, make_inputs
-from forwardgrad.training._config import TrainConfig
+from forwardgrad.networks import AbstractNetwork, build, continuation
+from forwardgrad.training._batches import (
+    BATCH,
+    MOST_OUTPUTS,
+    make_evaluation,
+    make_feeds,
+    make_inputs,
+)
+from forwardgrad.training._config import (
+    DecoderSettings,
+    ImageSettings,
+    NetworkSettings,
+    TextSettings,
+    TrainConfig,
+)
 from forwardgrad.training._state import Loss, initial_state, make_advance, slow_in_loops
 
 SCALE = 256
@@ -75,8 +89,14 @@ def _matrices(params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
+SAMPLE_TOKENS = 300
+"""How far a network of texts goes on in a sample."""
+
 TRAIN_ERROR_EXAMPLES = 10_000
 """How many examples of the training set its error is measured on at the end of a run."""
+
+TRAIN_ERROR_TOKENS = 100_000
+"""The same for a text."""
 
 
 class Setup:
@@ -90,7 +110,7 @@ class Setup:
     def __init__(self, config: TrainConfig):
         seed = jax.random.key(config.seed)
         weights_key, order_key, step_key = jax.random.split(seed, 3)
-        self.data = load(config.dataset, config.data_dir, label_column=config.label_column)
+        self.data = load_data(config)
         network = build_network(config, self.data, weights_key)
         params, self._static = eqx.partition(network, eqx.is_inexact_array)
         self.objective, self.estimator = config.objective, config.estimator
@@ -98,7 +118,13 @@ class Setup:
 
         self.feeds = make_feeds(self.data.train, config.batch_size, order_key, config.seed)
         self.steps_per_epoch = len(self.data.train) // config.batch_size
-        self.examples_per_step = config.batch_size * self.inputs.views
+        self.predictions_per_step = config.batch_size * self.inputs.views
+        batch, limit = BATCH, TRAIN_ERROR_EXAMPLES
+        if isinstance(self.data, Text):
+            context = self.data.context
+            self.predictions_per_step *= context
+            batch = max(1, min(BATCH, MOST_OUTPUTS // (context * len(self.data.vocabulary))))
+            limit = -(-TRAIN_ERROR_TOKENS // context)
         self.keys = (jax.random.fold_in(seed, 0), step_key)
         self.steps = config.iterations or config.epochs * self.steps_per_epoch
         if self.steps > MOST:
@@ -117,8 +143,12 @@ class Setup:
             parts=config.accumulate,
             compiled_loop=not slow_in_loops(self._on_batch, params, step_key),
         )
-        self.test_error = make_error(self.predict, self.data.test)
-        self.train_error = make_error(self.predict, self.data.train, TRAIN_ERROR_EXAMPLES)
+        self.on_test = make_evaluation(self.predict, self.data.test, batch=batch)
+        self.on_train = make_evaluation(self.predict, self.data.train, limit, batch)
+        self.on_validation = None
+        if isinstance(self.data, Text):
+            self.on_validation = make_evaluation(self.predict, self.data.validation, batch=batch)
+        self._sample_key = jax.random.fold_in(seed, 1)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
 
     def network(self, params: PyTree) -> AbstractNetwork:
@@ -126,22 +156,66 @@ class Setup:
         return eqx.combine(params, self._static)
 
     def loss(self, params: PyTree, x: Array, labels: Array) -> tuple[Losses, dict[str, Array]]:
-        """What is learned, of images as a network gets them."""
+        """What is learned, of examples as a network gets them."""
         return self.objective(self.network(params), x, labels)
 
-    def predict(self, params: PyTree, images: Array) -> Array:
-        """The logits of images as they are stored."""
-        return self.network(params)(self.inputs.plain(images))
+    def predict(self, params: PyTree, examples: Array) -> Array:
+        """The logits of examples as they are stored."""
+        return self.network(params)(self.inputs.plain(examples))
+
+    def sample(self, params: PyTree) -> tuple[str, str] | None:
+        """How a network of texts goes on after the beginning of the test text, and that."""
+        if not isinstance(self.data, Text):
+            return None
+        (prompt,), _ = self.data.test.take(np.zeros(1, int))
+        drawn = jax.jit(
+            lambda params, prompt: continuation(
+                self.network(params), prompt, SAMPLE_TOKENS, self._sample_key
+            )
+        )(params, prompt)
+        decode = self.data.vocabulary.decode
+        return decode(prompt), decode(np.asarray(drawn))
 
     def _on_batch(self, params: PyTree, key: Array) -> tuple[Losses, dict[str, Array]]:
-        """The loss of a batch of two black images."""
-        images = jnp.zeros((2, *self.data.image_shape), jnp.uint8)
-        return self.loss(params, *self.inputs.training(images, jnp.zeros(2, jnp.int32), key))
+        """The loss of a batch of two examples."""
+        examples, labels = map(jnp.asarray, self.data.train.take(np.zeros(2, int)))
+        return self.loss(params, *self.inputs.training(examples, labels, key))
 
 
-def build_network(config: TrainConfig, data: Dataset, key: Array) -> AbstractNetwork:
-    """The network of the settings, for the images and classes of a data set."""
+def load_data(config: TrainConfig) -> Dataset | Text:
+    """The data set of the settings, of the kind that the network is for."""
+    where, settings = (config.dataset, config.data_dir), config.data
+    if isinstance(settings, TextSettings):
+        return load_text(
+            *where,
+            text_column=settings.text_column,
+            tokenizer=settings.tokenizer,
+            context=settings.context,
+        )
+    if holds_text(config.dataset):
+        raise InputError(
+            f"dataset {config.dataset!r} is text, and network {config.network!r} takes images; "
+            "networks of text are called gpt/LAYERS/WIDTH"
+        )
+    assert isinstance(settings, ImageSettings)
+    return load(*where, label_column=settings.label_column)
+
+
+def build_network(config: TrainConfig, data: Dataset | Text, key: Array) -> AbstractNetwork:
+    """The network of the settings, for the images and classes of a data set, or for a text."""
     objective, sizes = config.objective, config.sizes
+    if isinstance(data, Text):
+        assert isinstance(sizes, DecoderSettings)
+        return build(
+            config.network,
+            context=data.context,
+            classes=len(data.vocabulary),
+            key=key,
+            heads=objective.needs_heads,
+            positions=sizes.positions,
+            tied=sizes.tied,
+        )
+    assert isinstance(sizes, NetworkSettings)
     return build(
         config.network,
         image_shape=data.image_shape,
@@ -162,7 +236,7 @@ class Problem(NamedTuple):
     - `loss`: `loss(params, *batch) -> (losses, aux)`, the run's objective.
     - `params`: the arrays among the network's fields.
     - `batch`: images [batch, height, width, channels] as the network gets them, augmented, in two
-        views in contrastive learning; and labels.
+        views in contrastive learning; and labels. Or tokens [batch, context], and what follows.
     - `estimator`: what estimates the loss's gradient.
     """
 
@@ -202,7 +276,7 @@ def problem(config: TrainConfig, network: eqx.Module | None = None) -> Problem:
     if network is not None:
         params = _fitting(eqx.filter(network, eqx.is_inexact_array), params, config)
     key = jax.random.fold_in(setup.keys[0], 0)
-    batch = setup.inputs.training(feed.images[chosen], feed.labels[chosen], key)
+    batch = setup.inputs.training(feed.examples[chosen], feed.labels[chosen], key)
     return Problem(setup.loss, params, batch, setup.estimator)
 
 
