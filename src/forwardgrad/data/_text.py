@@ -1,5 +1,6 @@
 """Text by name, from files, folders or the Hugging Face hub, as windows of tokens."""
 
+import hashlib
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ _FEWEST_DOCUMENTS = 10
 _SPLIT_SEED = 0
 # Documents that become tokens at once; what is left of the last window is dropped.
 _DOCUMENTS = 1000
+# Windows of each split that tell one text from another.
+_DIGESTED = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +100,17 @@ class Text:
     test: Split
     characters_per_token: float
 
+    @property
+    def digest(self) -> str:
+        """A number for the vocabulary and the windows: another text has another one."""
+        found = hashlib.sha256(str(self.vocabulary).encode())
+        for split in (self.train, self.validation, self.test):
+            rows = np.unique(np.linspace(0, len(split) - 1, _DIGESTED).astype(np.int64))
+            found.update(f"{len(split)} {self.context}".encode())
+            for part in split.take(rows):
+                found.update(np.ascontiguousarray(part, "<i4").tobytes())
+        return found.hexdigest()
+
 
 def load_text(
     name: str,
@@ -154,7 +168,7 @@ def load_text(
         vocabulary = Characters.of(text for table in own for text in _texts(table))
     else:
         vocabulary = Bytes() if tokenizer == "bytes" else tokenizer_file(tokenizer)
-    cut = {k: _windows(table, vocabulary, context) for k, table in splits.items()}
+    cut = {k: _windows(table, vocabulary, tokenizer, context) for k, table in splits.items()}
     resident = 8 * context * sum(map(len, cut.values())) <= resident_limit
     train, validation, test = (
         ResidentText(_tokens(rows[:])) if resident else StreamedSplit(Windows(rows))
@@ -183,7 +197,7 @@ def _found(name: str, data_dir: Path | None) -> dict[str, Table]:
         topics = importlib.import_module("pydoc_data.topics").topics
         return {"train": _of_texts(topics.values(), "the language reference of this Python")}
     if name in NAMES:
-        raise InputError(f"dataset {name!r} holds images, and a network of texts was asked for")
+        raise InputError(f"dataset {name!r} holds images; expected text")
     for path in (*([data_dir / name] if data_dir and name else []), local(Path(name), "dataset")):
         if name and path.exists():
             return _from_path(path)
@@ -334,15 +348,18 @@ def _hold_out(table: Table, name: str) -> tuple[Table, Table]:
     return _of_texts([text[:place]], table.where), _of_texts([text[place:]], where)
 
 
-def _windows(table: Table, vocabulary: Vocabulary, context: int) -> datasets.Dataset:
+def _windows(
+    table: Table, vocabulary: Vocabulary, tokenizer: str, context: int
+) -> datasets.Dataset:
     """A row for each window: its tokens, and how many characters they stand for."""
+    of_train = ", the characters of the training split" if tokenizer == "chars" else ""
 
     def cut(batch: Mapping[str, list[str]]) -> dict[str, Any]:
         texts = [*map(_ended, batch["text"])]
         if odd := vocabulary.unknown(texts):
             raise InputError(
-                f"{table.where} has {odd}, which the training split has not; with --tokenizer "
-                "bytes or tokenizer='bytes' there are no unknown ones"
+                f"{table.where} has {odd}, which is none of the {len(vocabulary)} tokens of "
+                f"tokenizer {tokenizer!r}{of_train}; with 'bytes' there is none that is unknown"
             )
         ids = vocabulary.encode(texts)
         count = max(0, len(ids) - 1) // context

@@ -38,6 +38,10 @@ class Vocabulary(abc.ABC):
     def decode(self, ids: Int[np.ndarray, " tokens"]) -> str:
         """The text of some tokens."""
 
+    @abc.abstractmethod
+    def __str__(self) -> str:
+        """All that decides which text is which tokens."""
+
 
 @dataclass(frozen=True)
 class Characters(Vocabulary):
@@ -78,6 +82,9 @@ class Characters(Vocabulary):
         """The characters with these numbers."""
         return "".join(self.characters[i] for i in ids)
 
+    def __str__(self) -> str:
+        return f"characters {self.characters}"
+
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
@@ -102,6 +109,9 @@ class Bytes(Vocabulary):
         """The text; � stands for bytes that are no character."""
         return bytes(ids.tolist()).decode(errors="replace")
 
+    def __str__(self) -> str:
+        return "bytes"
+
 
 @dataclass(frozen=True, eq=False)
 class Pieces(Vocabulary):
@@ -115,7 +125,10 @@ class Pieces(Vocabulary):
 
     def encode(self, texts: Sequence[str]) -> Ids:
         """The pieces, with those that the tokenizer adds to each text."""
-        found = self.tokenizer.encode_batch(list(texts))
+        try:
+            found = self.tokenizer.encode_batch(list(texts))
+        except Exception as error:  # the library raises nothing more specific
+            raise InputError(f"tokenizer cannot cut a text into its tokens: {error}") from error
         return np.concatenate(
             [np.asarray(e.ids, np.int32) for e in found] or [np.empty(0, np.int32)]
         )
@@ -123,6 +136,24 @@ class Pieces(Vocabulary):
     def decode(self, ids: Int[np.ndarray, " tokens"]) -> str:
         """The text of these pieces."""
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+    def unknown(self, texts: Sequence[str]) -> str | None:
+        """A character that the tokenizer drops without a word.
+
+        One with a normaliser may mean to.
+        """
+        if self.tokenizer.normalizer is not None:
+            return None
+        found = sorted(c for c in set().union(*texts) if not c.isspace())
+        try:
+            ids = self.tokenizer.encode_batch(found, add_special_tokens=False)
+        except Exception:  # of words, perhaps, which says so itself
+            return None
+        odd = next((c for c, e in zip(found, ids, strict=True) if not e.ids), None)
+        return odd and f"the character {odd!r} (U+{ord(odd):04X})"
+
+    def __str__(self) -> str:
+        return self.tokenizer.to_str()
 
 
 def tokenizer_file(name: str) -> Pieces:

@@ -30,6 +30,7 @@ from forwardgrad.training._folder import (
     SAMPLE,
     SUMMARY,
     Run,
+    check_text,
     find_folder,
     load_config,
     locked,
@@ -84,6 +85,7 @@ def fit(config: TrainConfig, *, console: Console | None = None) -> Run:
                 return finished
             if not lexists(folder / CONFIG):
                 write(folder / CONFIG, options_of(config))
+            check_text(folder, setup.data, keeps=True)
             with contextlib.closing(_Session(config, folder, setup, progress)) as session:
                 session.train()
                 return session.finish()
@@ -126,6 +128,7 @@ def restored(folder: Path, data_dir: Path | str | None) -> tuple[TrainConfig, Se
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"folder {folder} holds no checkpoint yet")
     setup = Setup(config)
+    check_text(folder, setup.data, keeps=False)
     with contextlib.closing(Checkpoints(folder / CHECKPOINTS, reads=True)) as checkpoints:
         found = checkpoints.restore(setup.state)
     if found is None:
