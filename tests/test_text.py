@@ -13,6 +13,9 @@ import pytest
 from forwardgrad import InputError
 from forwardgrad.cli import main
 from forwardgrad.data import Bytes, Characters, ResidentText, StreamedSplit, _text, load_text
+from forwardgrad.networks import continuation
+from forwardgrad.training import ALGORITHMS, TextSettings, configure, load_run
+from forwardgrad.training._config import not_default
 
 
 @pytest.fixture(autouse=True)
@@ -428,9 +431,6 @@ def test_the_text_of_a_run_must_not_change(tmp_path, book, capsys):
 
 
 def test_every_default_is_that_of_its_network():
-    from forwardgrad.training import ALGORITHMS, TextSettings, configure
-    from forwardgrad.training._config import not_default
-
     for name in ALGORITHMS:
         config = configure(algorithm=name, network="gpt/2/128", dataset="text")
         assert config.data == TextSettings()
@@ -445,9 +445,6 @@ def test_every_default_is_that_of_its_network():
 
 def test_the_sample_is_of_the_last_parameters(tmp_path, book):
     """The prompt is the beginning of the test text, and the key is the seed's."""
-    from forwardgrad.networks import continuation
-    from forwardgrad.training import load_run
-
     out = tmp_path / "run"
     assert main([*SMALL, "--algorithm", "fg-a", "--iterations", "5", "--out", str(out)]) == 0
     _, network = load_run(out)
@@ -457,3 +454,20 @@ def test_the_sample_is_of_the_last_parameters(tmp_path, book):
     drawn = jax.jit(lambda p: continuation(network, p, 300, key))(prompt)
     expected = text.vocabulary.decode(np.append(prompt, drawn))
     assert (out / "sample.txt").read_bytes().decode() == expected
+
+
+def test_evaluations_between_epochs(tmp_path, book):
+    """Lines of steps have them where they are due; the bits are those of the loss."""
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--algorithm", "bp", "--iterations", "40", "--log-every", "5"]
+    assert main([*arguments, "--eval-steps", "15", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["event"] == "steps"]
+    assert [row["step"] for row in steps] == [*range(5, 41, 5)]
+    assert [row["step"] for row in steps if "test_loss" in row] == [15, 30]
+    for row in rows:
+        if "test_loss" in row:
+            assert row["bits_per_character"] == pytest.approx(row["test_loss"] / np.log(2))
+    with fails(r"log_every \(=10\) must divide eval_steps, which is 15"):
+        configure(network="gpt/1/16", dataset="text", eval_steps=15)
+    assert configure(eval_steps=15).line_every == 15

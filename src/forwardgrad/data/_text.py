@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,10 @@ class Text:
     validation: Split
     test: Split
     characters_per_token: float
+
+    def bits_per_character(self, loss: float) -> float:
+        """A loss for each token of the test split, in nats, as bits for each character."""
+        return loss / math.log(2) / self.characters_per_token
 
     @property
     def digest(self) -> str:

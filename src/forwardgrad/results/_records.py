@@ -67,6 +67,7 @@ class Measurement:
     train_error: Percent | None = None
     test_error: Percent | None = None
     test_loss: Number | None = None
+    bits_per_character: Number | None = None
     reason: Name | None = None
 
 

@@ -191,8 +191,11 @@ class TrainConfig(Settings):
     batches that do not fit in memory."""
     eval_every: Count = 1
     """Epochs between evaluations on the test set."""
+    eval_steps: Count | None = None
+    """Steps between further evaluations; default: at the ends of epochs only."""
     log_every: Count | None = None
-    """Steps between further lines in metrics.jsonl; default: one line an epoch only."""
+    """Steps between further lines in metrics.jsonl; default: eval_steps, and else one line an
+    epoch only."""
     checkpoint_every: Positive = 30.0
     """Seconds between checkpoints."""
 
@@ -220,6 +223,15 @@ class TrainConfig(Settings):
             )
         self._check_batch()
         self._check_data()
+        if self.log_every and self.eval_steps and self.eval_steps % self.log_every:
+            raise InputError(
+                f"log_every (={self.log_every}) must divide eval_steps, which is {self.eval_steps}"
+            )
+
+    @property
+    def line_every(self) -> int | None:
+        """Steps between lines in metrics.jsonl, beside those of epochs."""
+        return self.log_every or self.eval_steps
 
     def _check_data(self) -> None:
         kinds = (

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 from os.path import lexists
@@ -136,11 +135,6 @@ def restored(folder: Path, data_dir: Path | str | None) -> tuple[TrainConfig, Se
     return config, setup, found.state.params
 
 
-def finite(number: float) -> float | None:
-    """A number that JSON has, or None."""
-    return number if math.isfinite(number) else None
-
-
 _OF_THE_CONFIG = ("task", "algorithm", "network", "dataset", "seed")
 
 
@@ -165,7 +159,9 @@ class _Session:
 
     def train(self) -> None:
         """Take the state to the last step."""
-        self.progress.start(self.step, self.setup.steps, self.setup.steps_per_epoch)
+        self.progress.start(
+            self.step, self.setup.steps, self.setup.steps_per_epoch, self.setup.tokens_per_step
+        )
         with StopRequest() as stop:
             for feed, start, end in self._chunks():
                 began = time.monotonic()
@@ -199,7 +195,8 @@ class _Session:
             train_error=train_error,
             train_loss=lines[-1].loss,
             test_loss=lines[-1].test_loss,
-            **self._of_text(lines[-1].test_loss),
+            bits_per_character=lines[-1].bits_per_character,
+            validation_loss=self._after_a_text(),
             seconds=self.seconds,
         )
         title = f"{config.algorithm}, {config.network}, {config.dataset}"
@@ -208,18 +205,12 @@ class _Session:
         write(self.folder / SUMMARY, summary)
         return Run(self.folder, config, lines, summary)
 
-    def _of_text(self, test_loss: float | None) -> dict[str, Any]:
-        """What a summary has of a run on a text; leaves a sample."""
-        data, params = self.setup.data, self.state.params
-        if not isinstance(data, Text):
-            return {}
-        write_text(self.folder / SAMPLE, "".join(self.setup.sample(params) or ()))
-        validation = self.setup.on_validation
-        bits = None if test_loss is None else test_loss / math.log(2) / data.characters_per_token
-        return {
-            "validation_loss": validation and finite(validation(params).loss),
-            "bits_per_character": bits,
-        }
+    def _after_a_text(self) -> float | None:
+        """Leave a sample of what a network of texts writes; the loss on the validation split."""
+        if self.setup.on_validation is None:
+            return None
+        write_text(self.folder / SAMPLE, self.setup.sample(self.state.params))
+        return self.setup.on_validation(self.state.params).loss
 
     def close(self) -> None:
         """Let go of the files."""
@@ -263,9 +254,8 @@ class _Session:
 
     def _steps_to_next_line(self) -> int:
         left = self.setup.steps - self.step
-        if self.config.log_every is None:
-            return left
-        return min(left, self.config.log_every - self.step % self.config.log_every)
+        every = self.config.line_every
+        return left if every is None else min(left, every - self.step % every)
 
     def _check_finite(self, losses: np.ndarray, count: int) -> None:
         steps = np.arange(self.step - count, self.step)
@@ -284,29 +274,38 @@ class _Session:
 
     def _report(self, losses: np.ndarray) -> None:
         position = (self.step - 1) % self.setup.steps_per_epoch + 1
-        every = self.config.log_every
+        every = self.config.line_every
         if every is not None and self.step % every == 0:
             count = min(every, self.setup.steps_per_epoch)
             recent = losses[np.arange(self.step - count, self.step) % self.setup.steps_per_epoch]
-            self._add("steps", loss=float(np.mean(recent)), learning_rate=self._rate())
+            evaluates = self.config.eval_steps and self.step % self.config.eval_steps == 0
+            tested = self._tested() if evaluates else {}
+            self._add("steps", loss=float(np.mean(recent)), learning_rate=self._rate(), **tested)
         if position == self.setup.steps_per_epoch or self.step == self.setup.steps:
             self._report_epoch(losses[:position], position)
         self.progress.update(self.step, float(np.mean(losses[:position])))
 
     def _report_epoch(self, losses: np.ndarray, position: int) -> None:
         wrong = int(np.sum(np.asarray(self.state.errors)[:position]))
-        epoch, tested = -(-self.step // self.setup.steps_per_epoch), None
+        epoch, tested = -(-self.step // self.setup.steps_per_epoch), {}
         if epoch % self.config.eval_every == 0 or self.step == self.setup.steps:
-            tested = self.setup.on_test(self.state.params)
-            self.progress.error = tested.error
+            tested = self._tested()
         self._add(
             "epoch",
             loss=float(np.mean(losses)),
             learning_rate=self._rate(),
             train_error=100.0 * wrong / (position * self.setup.predictions_per_step),
-            test_error=tested and tested.error,
-            test_loss=tested and finite(tested.loss),
+            **tested,
         )
+
+    def _tested(self) -> dict[str, Any]:
+        """What the network makes of the test set now."""
+        error, loss = self.setup.on_test(self.state.params)
+        self.progress.measured, bits = f" error {error:.2f} %", None
+        if isinstance(self.setup.data, Text):
+            bits = self.setup.data.bits_per_character(loss)
+            self.progress.measured += f" {bits:.3f} bits/character"
+        return {"test_error": error, "test_loss": loss, "bits_per_character": bits}
 
     def _rate(self) -> float:
         return float(np.asarray(self.setup.learning_rate(self.step)))

@@ -119,10 +119,11 @@ class Setup:
         self.feeds = make_feeds(self.data.train, config.batch_size, order_key, config.seed)
         self.steps_per_epoch = len(self.data.train) // config.batch_size
         self.predictions_per_step = config.batch_size * self.inputs.views
+        self.tokens_per_step = None
         batch, limit = BATCH, TRAIN_ERROR_EXAMPLES
         if isinstance(self.data, Text):
             context = self.data.context
-            self.predictions_per_step *= context
+            self.tokens_per_step = self.predictions_per_step = config.batch_size * context
             batch = max(1, min(BATCH, MOST_OUTPUTS // (context * len(self.data.vocabulary))))
             limit = -(-TRAIN_ERROR_TOKENS // context)
         self.keys = (jax.random.fold_in(seed, 0), step_key)
@@ -163,18 +164,16 @@ class Setup:
         """The logits of examples as they are stored."""
         return self.network(params)(self.inputs.plain(examples))
 
-    def sample(self, params: PyTree) -> tuple[str, str] | None:
-        """How a network of texts goes on after the beginning of the test text, and that."""
-        if not isinstance(self.data, Text):
-            return None
+    def sample(self, params: PyTree) -> str:
+        """The beginning of the test text, and how a network of texts goes on from there."""
+        assert isinstance(self.data, Text)
         (prompt,), _ = self.data.test.take(np.zeros(1, int))
         drawn = jax.jit(
             lambda params, prompt: continuation(
                 self.network(params), prompt, SAMPLE_TOKENS, self._sample_key
             )
         )(params, prompt)
-        decode = self.data.vocabulary.decode
-        return decode(prompt), decode(np.asarray(drawn))
+        return self.data.vocabulary.decode(np.append(prompt, drawn))
 
     def _on_batch(self, params: PyTree, key: Array) -> tuple[Losses, dict[str, Array]]:
         """The loss of a batch of two examples."""
