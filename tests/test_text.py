@@ -471,3 +471,12 @@ def test_evaluations_between_epochs(tmp_path, book):
     with fails(r"log_every \(=10\) must divide eval_steps, which is 15"):
         configure(network="gpt/1/16", dataset="text", eval_steps=15)
     assert configure(eval_steps=15).line_every == 15
+
+
+def test_diagnose_a_decoder(book, capsys):
+    """Algorithms with heads and without them stand in one picture."""
+    options = "--dataset book.txt --network gpt/1/8 --batch-size 4 --samples 4 --tangents 2"
+    arguments = ["diagnose", *options.split(), "--algorithms", "fg-a", "lg-fg-a", "--out", "seen"]
+    assert main(arguments) == 0
+    assert ".heads[0].weight" in capsys.readouterr().out
+    assert (book.parent / "seen" / "diagnosis.png").stat().st_size > 1000

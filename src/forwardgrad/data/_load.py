@@ -82,6 +82,8 @@ def load(
     (1437, 360, (8, 8, 1), 10)
     """
     folder = data_folder(data_dir)
+    if name == "text":
+        raise InputError("dataset 'text' holds text; expected images")
     if name == "digits":
         if label_column is not None:
             raise InputError(f"label_column (={label_column!r}) is not for dataset 'digits'")

@@ -60,19 +60,13 @@ by the loss on the validation split of `text`.
 
 ESTIMATORS: dict[str, Estimation] = {
     "bp": Estimation(
-        Backpropagation(),
-        {"learning_rate": 0.02, "momentum": 0.9},
-        {"learning_rate": 0.05},
+        Backpropagation(), {"learning_rate": 0.02, "momentum": 0.9}, {"learning_rate": 0.05}
     ),
     "fa": Estimation(
-        FeedbackAlignment(),
-        {"learning_rate": 2e-3, "momentum": 0.9},
-        {"learning_rate": 0.05},
+        FeedbackAlignment(), {"learning_rate": 2e-3, "momentum": 0.9}, {"learning_rate": 0.05}
     ),
     "dfa": Estimation(
-        DirectFeedbackAlignment(),
-        {"learning_rate": 2e-3, "momentum": 0.9},
-        {"learning_rate": 0.05},
+        DirectFeedbackAlignment(), {"learning_rate": 2e-3, "momentum": 0.9}, {"learning_rate": 0.05}
     ),
     "fg-w": Estimation(
         WeightPerturbation(tangents=16, clip=1.0, exact_last=True),

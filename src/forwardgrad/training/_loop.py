@@ -104,7 +104,7 @@ def load_run(
     **Returns:**
 
     The settings, and the network: to be called on float images [batch, height, width, channels],
-    normalised as the settings say.
+    normalised as the settings say, or on tokens [batch, context].
 
     **Raises:**
 
