@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,8 @@ def load_text(
 
 def holds_text(name: str) -> bool:
     """Whether a data set can only be text, by its name."""
-    return name == TEXT or (Path(name).is_file() and Path(name).suffix != ".parquet")
+    path = Path(os.path.expanduser(name))
+    return name == TEXT or (path.is_file() and path.suffix != ".parquet")
 
 
 def _inputs_and_labels(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -370,7 +372,7 @@ def _windows(
         count = max(0, len(ids) - 1) // context
         windows = sliding_window_view(ids, context + 1)[::context] if count else ids[:0, None]
         characters = sum(map(len, texts)) / max(1, len(ids)) * context
-        return {"tokens": list(windows[:count]), "characters": [characters] * count}
+        return {"tokens": windows[:count], "characters": [characters] * count}
 
     features = datasets.Features(
         {
