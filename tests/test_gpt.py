@@ -86,7 +86,7 @@ def by_hand(network, tokens):
 
     tied, rotary = network.embedding is None, network.places is None
     table = network.classifier.weight.T if tied else network.embedding
-    x = np.asarray(table, np.float64)[tokens]
+    x = np.asarray(table, np.float64)[tokens] * np.sqrt(16 / 0.02) ** tied
     x = x if rotary else x + np.asarray(network.places)[: len(tokens)]
     for block in network.blocks:
         h, attended = normal(x), []

@@ -1,5 +1,6 @@
 """A decoder: a transformer that predicts each next token from those before it."""
 
+import math
 import re
 from typing import ClassVar, Literal, NamedTuple
 
@@ -16,9 +17,6 @@ from forwardgrad.networks._normalise import normalise
 Stream = Float[Array, "batch tokens units"]
 
 Positions = Literal["rotary", "learned"]
-
-EMBEDDING_SCALE = 0.02
-"""Standard deviation of embeddings at the start."""
 
 HEAD_UNITS = 32
 """Units of an attention head, at least, where the name leaves the number of heads open."""
@@ -171,8 +169,12 @@ class GPT(AbstractNetwork):
 
     def embed(self, examples: Tokens) -> Stream:
         """The embeddings of the tokens, with those of their places if these are learned."""
-        table = self.classifier.weight.T if self.embedding is None else self.embedding
-        x = table[examples]
+        if self.embedding is None:
+            weights = self.classifier.weight
+            # Of the size of other embeddings.
+            x = math.sqrt(len(weights) / LAST_GAIN) * weights.T[examples]
+        else:
+            x = self.embedding[examples]
         return x if self.places is None else x + self.places[: examples.shape[1]]
 
     def features(self, x: Stream) -> Features:
@@ -181,7 +183,9 @@ class GPT(AbstractNetwork):
 
 
 def _embeddings(key: Key[Array, ""], count: int, width: int) -> Float[Array, "count units"]:
-    return EMBEDDING_SCALE * jax.random.normal(key, (count, width))
+    # As large as what the blocks add, all together. In a smaller stream, which the next
+    # normalisation scales up, the noise of forward gradients would be that of the embeddings.
+    return jax.random.normal(key, (count, width))
 
 
 def rotated(
