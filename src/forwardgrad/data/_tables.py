@@ -93,7 +93,7 @@ def from_parquet(path: Path) -> Table:
 
 def no_rows(where: str) -> InputError:
     """The error for an empty split."""
-    return InputError(f"{where} has no rows; expected at least one image with its label")
+    return InputError(f"{where} has no rows; expected at least one")
 
 
 def from_images(folder: Path) -> Table:

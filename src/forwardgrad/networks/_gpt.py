@@ -54,8 +54,9 @@ def gpt_size_of(name: str) -> GPTSize | None:
     if match is None:
         return None
     layers, width = int(match[1]), int(match[2])
-    fitting = (n for n in range(max(1, width // HEAD_UNITS), 0, -1) if width % n == 0)
-    return GPTSize(layers, width, int(match[3]) if match[3] else next(fitting))
+    # Even ones, for rotary positions.
+    fitting = (n for n in range(max(1, width // HEAD_UNITS), 0, -1) if width % (2 * n) == 0)
+    return GPTSize(layers, width, int(match[3]) if match[3] else next(fitting, 1))
 
 
 class Decoder(eqx.Module):
