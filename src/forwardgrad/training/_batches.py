@@ -25,8 +25,8 @@ from forwardgrad.training._devices import ONE, Devices
 class Feed(eqx.Module):
     """Examples on the devices: those of each batch, or all, and which of these each batch has."""
 
-    examples: Shaped[Array, "*steps examples *shape"]
-    labels: Int[Array, "*steps examples *tokens"]
+    examples: Shaped[Array, "*shape"]
+    labels: Int[Array, "*labels"]
     order: Int[Array, "steps batch"] | None = None
 
     def batch(self, i: Int[Array, ""] | int) -> tuple[Array, Array]:
