@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import forwardgrad as fg
-from forwardgrad.networks import LocalMixer, Size, build
+from forwardgrad.networks import GPT, GPTSize, LocalMixer, Size, build
 from forwardgrad.objectives import two_views
 from forwardgrad.training import ALGORITHMS, configure
 
@@ -20,6 +20,7 @@ NETWORKS = {
     "cnn": build("cnn", **MADE, width=16, heads=True),
     "mixer": LocalMixer(SHAPE, Size(16, 2, 2, 2), CLASSES, key=jax.random.key(0)),
     "mixer, one patch": LocalMixer(SHAPE, Size(16, 1, 4, 1), CLASSES, key=jax.random.key(0)),
+    "gpt": GPT(CLASSES, 6, GPTSize(2, 16, 2), key=jax.random.key(0), heads=True),
 }
 STEPS = {"cnn": 60}
 AT_LEAST = 20
@@ -38,6 +39,13 @@ def data():
     rows = jnp.arange(SHAPE[0]) * CLASSES // SHAPE[0]
     bright = 1.5 * (rows[None, :] == labels[:, None])
     return bright[:, :, None, None] + jax.random.normal(keys[1], (32, *SHAPE)), labels
+
+
+def tokens():
+    """Sequences that count, from anywhere, and what comes next."""
+    first = jax.random.randint(jax.random.key(1), (32, 1), 0, CLASSES)
+    counted = (first + jnp.arange(7)) % CLASSES
+    return counted[:, :-1], counted[:, 1:]
 
 
 @pytest.mark.slow
@@ -86,7 +94,7 @@ def test_contrastive(name):
 def test_conformance(name, network):
     """The gradient looks like the parameters, is compiled once, and leads downhill."""
     params, static = eqx.partition(NETWORKS[network], eqx.is_inexact_array)
-    images, labels = data()
+    examples, labels = tokens() if network == "gpt" else data()
     config, traces = configure(algorithm=name), 0
     estimator, objective = config.estimator, config.objective
     if (name, network) == ("l-fa", "cnn"):
@@ -96,7 +104,7 @@ def test_conformance(name, network):
     def loss(params):
         nonlocal traces
         traces += 1
-        return objective(eqx.combine(params, static), images, labels)
+        return objective(eqx.combine(params, static), examples, labels)
 
     gradient = fg.value_and_grad(loss, estimator, has_aux=True)
     if network == "logreg" and objective.needs_heads:

@@ -121,7 +121,8 @@ def test_the_module_is_the_command():
     )
     assert done.returncode == 2
     assert done.stderr == "error: network 'mpl' is unknown; did you mean 'mlp'? " \
-        "(known: cnn, l/32/64, l/8/64, logreg, m/1/16, m/8/16, mlp, s/1/1)\n"  # fmt: skip
+        "(known: cnn, gpt/LAYERS/WIDTH, l/32/64, l/8/64, logreg, m/1/16, m/8/16, mlp, " \
+        "s/1/1)\n"  # fmt: skip
 
 
 # Bad input

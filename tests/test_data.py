@@ -1132,7 +1132,7 @@ def test_hub_out_of_reach_but_in_the_cache(tmp_path, monkeypatch):
     files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
     # What `load_dataset("owner/name")` leaves behind, made of local files.
     builder = Parquet(data_files=files, dataset_name="name", hash="hash")
-    with _tables._quiet():
+    with _tables.quiet():
         builder.download_and_prepare()
     made, version = Path(builder.cache_dir), tmp_path / "cache/owner___name/default/0.0.0"
     version.mkdir(parents=True)

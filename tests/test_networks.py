@@ -133,8 +133,8 @@ def test_seeds_decide_the_weights():
         (
             "mpl",
             {},
-            "network 'mpl' is unknown; did you mean 'mlp'? (known: cnn, l/32/64, l/8/64, logreg, "
-            "m/1/16, m/8/16, mlp, s/1/1)",
+            "network 'mpl' is unknown; did you mean 'mlp'? (known: cnn, "
+            "gpt/LAYERS/WIDTH, l/32/64, l/8/64, logreg, m/1/16, m/8/16, mlp, s/1/1)",
         ),
         ("mlp", {"width": 0}, "width must be at least 1, got 0"),
         ("mlp", {"depth": -1}, "depth must be at least 0, got -1"),
@@ -216,8 +216,8 @@ def test_derivatives_of_the_mixers_functions(name):
         return centred / jnp.sqrt(jnp.mean(centred**2, axis=0, keepdims=True) + 1e-5)
 
     def own(x):
-        module = networks._local_mixer
-        return module.relu(x) if name == "relu" else module.normalise(x, 0)
+        of_mixers, of_all = networks._local_mixer, networks._normalise
+        return of_mixers.relu(x) if name == "relu" else of_all.normalise(x, 0)
 
     x = jax.random.normal(jax.random.key(0), (6, 5))
     tangents = jax.random.normal(jax.random.key(1), (4, 6, 5))

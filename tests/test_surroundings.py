@@ -216,7 +216,7 @@ def test_the_progress_is_one_line_of_a_narrow_terminal(monkeypatch):
     monkeypatch.setattr(rich.progress.Task, "speed", property(lambda _: 1234.0))
     console = Console(width=60, file=io.StringIO(), force_terminal=True)
     progress = _progress.Progress(console)
-    progress.error = 100.0
+    progress.measured = " error 100.00 %"
     progress.start(0, 22_000, 22)
     progress.update(21_990, 12.345678)
     (line,) = console.render_lines(progress._bar.get_renderable(), pad=False)

@@ -24,7 +24,7 @@ from forwardgrad.objectives import GlobalLoss
 from forwardgrad.results import Measurement
 from forwardgrad.training import TrainConfig, _batches, _setup, configure, fit, load_run
 from forwardgrad.training._algorithms import ESTIMATORS
-from forwardgrad.training._batches import BATCH, Inputs, make_error, make_feeds
+from forwardgrad.training._batches import BATCH, Inputs, make_evaluation, make_feeds
 from forwardgrad.training._config import Optimizer, fitting, options_of
 from forwardgrad.training._metrics import Metrics
 from forwardgrad.training._setup import optimiser, schedule
@@ -119,7 +119,7 @@ def test_an_algorithm_fills_in_what_is_not_set():
     mixer = configure(task="contrastive", algorithm="lg-fg-a", network="m/8/16", temperature=0.1)
     assert mixer.objective == objectives.LocalLoss(objectives.Contrastive(0.1))
     assert (mixer.estimator.tangents, mixer.optimisation.learning_rate) == (1, 0.05)
-    assert mixer.augmentation.augment == "simclr"
+    assert mixer.data.augmentation.augment == "simclr"
 
 
 def test_settings_of_another_algorithm():
@@ -249,7 +249,7 @@ def test_steps_are_what_one_would_write_by_hand(compiled_loop):
     advance, state, feed, loss, transformation = loop(Backpropagation(), compiled_loop)
     params, optimiser_state, losses, errors = copy(state.params), state.optimiser, [], []
     for batch in np.asarray(feed.order):
-        images, labels = feed.images[batch] / 255, feed.labels[batch]
+        images, labels = feed.examples[batch] / 255, feed.labels[batch]
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, images, labels)
         updates, optimiser_state = transformation.update(grads, optimiser_state, params)
         params = optax.apply_updates(params, updates)
@@ -369,9 +369,11 @@ def by_first_pixel(traces: list):
 def test_the_error_is_that_of_every_example_once(count):
     examples, traces = split(count), []
     wrong = np.mean(examples.images[:, 0, 0, 0] % 5 != examples.labels)
-    error = make_error(by_first_pixel(traces), examples)
-    assert error(jnp.array(0)) == pytest.approx(100 * wrong)
-    error(jnp.array(0))
+    evaluate = make_evaluation(by_first_pixel(traces), examples)
+    # Logits are one for what is predicted, and zero for the four others.
+    loss = np.log(np.e + 4) - (1 - wrong)
+    assert evaluate(jnp.array(0)) == pytest.approx((100 * wrong, loss))
+    evaluate(jnp.array(0))
     assert traces == [(BATCH, 4, 3, 1)]
 
 
@@ -379,7 +381,8 @@ def test_the_error_of_a_stream(streamed):
     predict = by_first_pixel([])
     images, labels = (np.concatenate(p) for p in zip(*streamed.train.ordered(BATCH), strict=True))
     wrong = np.mean(images[:, 0, 0, 0] % 5 != labels)
-    assert make_error(predict, streamed.train)(jnp.array(0)) == pytest.approx(100 * wrong)
+    evaluate = make_evaluation(predict, streamed.train)
+    assert evaluate(jnp.array(0)).error == pytest.approx(100 * wrong)
 
 
 # Runs

@@ -19,8 +19,15 @@ from forwardgrad._console import Console
 from forwardgrad.cli._cluster import Cluster
 from forwardgrad.cli._surroundings import parse
 from forwardgrad.training import Run, TrainConfig, fit
-from forwardgrad.training._config import check_names, known, own_and_parts, preset
+from forwardgrad.training._config import (
+    TextSettings,
+    check_names,
+    known,
+    own_and_parts,
+    preset,
+)
 from forwardgrad.training._devices import LostError, leave
+from forwardgrad.training._folder import SAMPLE
 
 PROG = "forwardgrad train"
 
@@ -31,6 +38,8 @@ examples:
       forward gradients on scikit-learn's digits, a minute on two cores
   forwardgrad train --dataset mnist --data-dir data --network cnn --algorithm bp --epochs 10
       backpropagation on data/mnist/{train,test}.parquet
+  forwardgrad train --dataset text --network gpt/2/128 --algorithm lg-fg-a
+      a transformer on the language reference of this Python
   forwardgrad train --dataset mnist --tangents 16 --epochs 100 --out runs/long --resume
       start runs/long, or continue it after an interruption
   forwardgrad train --batch-size 512 --coordinator host:1234 --processes 2 --process-id 0
@@ -59,6 +68,10 @@ def train(arguments: Sequence[str]) -> int:
         leave(error)
     else:
         console.facts("forwardgrad train", facts(run))
+        sample = run.folder / SAMPLE
+        if devices.leads and sample.is_file():
+            text = sample.read_bytes().decode(errors="replace")
+            console.print(f"a sample:\n\n{text}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -124,6 +137,20 @@ def facts(run: Run) -> dict[str, str]:
         "training loss": f"{summary.train_loss:.4f}",
         "training error": f"{summary.train_error:.2f} %",
         "test error": f"{summary.test_error:.2f} %",
+        **_of_text(run),
         "files": f"{run.folder}/: summary.json, metrics.jsonl, curves.png, config.json, "
         "checkpoints",
+    }
+
+
+def _of_text(run: Run) -> dict[str, str]:
+    summary, settings = run.result, run.config.data
+    if not isinstance(settings, TextSettings):
+        return {}
+    tokens = summary.steps * run.config.batch_size * settings.context
+    loss, bits = summary.test_loss, summary.bits_per_character
+    return {
+        "test loss": "not finite" if loss is None else f"{loss:.4f} nats a token",
+        "bits per character": "not finite" if bits is None else f"{bits:.3f}",
+        "tokens": f"{tokens:,}, {tokens / max(summary.seconds, 1e-9):,.0f} a second",
     }

@@ -66,18 +66,18 @@ class CachedTable(Table):
     """A memory-mapped copy in the cache of `datasets`."""
 
     def __init__(self, rows: datasets.Dataset, where: str):
-        self._rows, self.where, self.features = rows, where, rows.features
+        self.rows, self.where, self.features = rows, where, rows.features
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column."""
-        return self._rows.data.column(name)
+        return self.rows.data.column(name)
 
     def select(self, *columns: str) -> Table:
         """These columns alone, images undecoded."""
-        rows = self._rows.select_columns([*columns])
+        rows = self.rows.select_columns([*columns])
         for name in columns:
             if isinstance(self.features[name], datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -85,7 +85,7 @@ class CachedTable(Table):
 
     def cells(self, rows: list[int]) -> dict[str, list[Any]]:
         """What is in these rows, by column."""
-        return self._rows[rows]
+        return self.rows[rows]
 
     def spread(self, count: int) -> Int[np.ndarray, " rows"]:
         """At most `count` rows, the first and last among them."""

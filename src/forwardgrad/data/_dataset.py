@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package."""
+"""What a data set of images is to the rest of the package, and what a split of any is."""
 
 import abc
 from collections.abc import Iterator
@@ -13,7 +13,11 @@ from forwardgrad._errors import InputError
 _LEAST_STD = 1 / 255
 _PART = 1024
 
-Batch = tuple[UInt8[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]
+Batch = (
+    tuple[UInt8[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]
+    | tuple[Int32[np.ndarray, "batch tokens"], Int32[np.ndarray, "batch tokens"]]
+)
+"""Images and their labels; or tokens, and for each the one that comes next."""
 
 Share = tuple[int, int]
 """Which part of every batch is meant, from 0, and how many equal ones it is cut into."""
@@ -40,19 +44,20 @@ def part_of(batch_size: int, share: Share) -> slice:
 
 
 class Split(abc.ABC):
-    """A part of a data set: so many images, each with a label.
+    """A part of a data set: so many examples, images with a label or pieces of text.
 
-    It comes in two kinds. A [`forwardgrad.data.ResidentSplit`][] holds arrays that fit on the
-    device; a [`forwardgrad.data.StreamedSplit`][] decodes batches while they are asked for.
+    It comes in two kinds. A [`forwardgrad.data.ResidentSplit`][] of images, or a
+    [`forwardgrad.data.ResidentText`][], holds arrays that fit on the device; a
+    [`forwardgrad.data.StreamedSplit`][] makes batches while they are asked for.
     """
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """The number of images."""
+        """The number of examples."""
 
     @abc.abstractmethod
     def take(self, rows: Int[np.ndarray, " batch"]) -> Batch:
-        """These images and their labels."""
+        """These examples and their labels."""
 
     @abc.abstractmethod
     def ordered(self, batch_size: int, *, share: Share = (0, 1)) -> Iterator[Batch]:

@@ -1,10 +1,12 @@
 """From a table's rows to pixels and labels."""
 
 import io
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import datasets
+import grain
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
@@ -71,6 +73,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def example_bytes(self) -> int:
+        """The bytes of a decoded image."""
+        return math.prod(self.image_shape)
+
+    def shuffled(self, seed: int) -> grain.MapDataset[int]:
+        """All rows in random order."""
+        return self.table.shuffled(seed)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

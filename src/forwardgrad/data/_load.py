@@ -93,7 +93,9 @@ def load(
     >>> len(dataset.train), len(dataset.test), dataset.image_shape, len(dataset.classes)
     (1437, 360, (8, 8, 1), 10)
     """
-    folder = _data_folder(data_dir)
+    folder = data_folder(data_dir)
+    if name == "text":
+        raise InputError("dataset 'text' holds text; expected images")
     if name == "digits":
         given = {"label_column": label_column, "image_size": image_size, "stream": stream or None}
         for option, value in given.items():
@@ -116,7 +118,7 @@ def load(
     return Dataset(name, train.image_shape, classes, *splits, *channel_statistics(sample))
 
 
-def _data_folder(data_dir: Path | str | None) -> Path | None:
+def data_folder(data_dir: Path | str | None) -> Path | None:
     source = "data_dir" if data_dir else "FORWARDGRAD_DATA"
     data_dir = data_dir or os.environ.get("FORWARDGRAD_DATA")
     if not data_dir:

@@ -1,8 +1,8 @@
 """Batches that are decoded while they are asked for."""
 
-import math
 import os
 from collections.abc import Iterator
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -19,6 +19,19 @@ _AHEAD_BYTES = 2**29
 _RESIDENT_CHUNK = 512
 
 
+class RandomAccess(Protocol):
+    """So many examples, any of which can be had."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def example_bytes(self) -> int: ...
+
+    def take(self, rows: Int[np.ndarray, " batch"]) -> Batch: ...
+
+    def shuffled(self, seed: int) -> grain.MapDataset[int]: ...
+
+
 class StreamedSplit(Split):
     """A split that stays where it is, on disk or far away; threads decode batches ahead of use.
 
@@ -27,19 +40,19 @@ class StreamedSplit(Split):
 
     **Arguments:**
 
-    - `rows`: random access to decoded rows.
+    - `rows`: random access to decoded rows, or to windows of a text.
     """
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: RandomAccess):
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width, channels."""
-        return self._rows.image_shape
+    def example_bytes(self) -> int:
+        """The bytes of a decoded example."""
+        return self._rows.example_bytes
 
     def take(self, rows: Int[np.ndarray, " batch"]) -> Batch:
         """These images, decoded, and their labels."""
@@ -81,7 +94,7 @@ class StreamedSplit(Split):
             if value < 0:
                 raise InputError(f"{name} must not be negative, got {value}")
         shuffle_seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-        order = self._rows.table.shuffled(shuffle_seed)
+        order = self._rows.shuffled(shuffle_seed)
         return self._decode(order, batch_size, start, drop_remainder, share)
 
     def ordered(self, batch_size: int, *, share: Share = (0, 1)) -> Iterator[Batch]:
@@ -100,7 +113,7 @@ class StreamedSplit(Split):
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         mine = part_of(batch_size, share)
         batches = order.batch(batch_size, drop_remainder=drop_remainder)[start:]
-        ahead = _AHEAD_BYTES // (batch_size * math.prod(self.image_shape))
+        ahead = _AHEAD_BYTES // (batch_size * self.example_bytes)
         ahead = max(1, min(_AHEAD, ahead))
         options = grain.ReadOptions(min(_THREADS, ahead), prefetch_buffer_size=ahead)
         decoded = batches.map(lambda rows: self._rows.take(rows[mine]))

@@ -6,12 +6,14 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import datasets.config
 import datasets.utils
 import huggingface_hub
 import huggingface_hub.utils
+import pyarrow.parquet as pq
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from forwardgrad._errors import InputError
@@ -50,7 +52,7 @@ def from_folder(
     if next(folder.rglob("*.parquet"), None):
         source, what = str(folder.absolute()), f"folder {folder}"
         try:
-            with _quiet(), _offline():
+            with quiet(), _offline():
                 if files := _parquet_files(_builder(source)):
                     for split in _chosen(files, test_split, what):
                         read_footers(files[split])  # `datasets` passes over missing ones
@@ -58,22 +60,39 @@ def from_folder(
         except InputError:
             raise
         except Exception as error:  # readers, README and cache each have their own classes
-            raise InputError(
-                f"folder {folder} cannot be loaded: {reason(error).rstrip('.')}; a folder inside "
-                "of it may be meant, or put train.parquet and test.parquet there"
-            ) from error
+            raise _folder_error(folder, error) from error
     raise InputError(
         f"folder {folder} holds no data set: put train.parquet and test.parquet there, "
         "or folders train and test with a folder of images for each class"
     )
 
 
+def folder_splits(folder: Path) -> datasets.DatasetDict:
+    """All splits of parquet files as the hub has them."""
+    try:
+        with quiet(), _offline():
+            return _load(str(folder.absolute()))
+    except InputError:
+        raise
+    except Exception as error:  # readers, README and cache each have their own classes
+        raise _folder_error(folder, error) from error
+
+
 def from_parquet(path: Path, stream: bool = False) -> Table:
     """The rows of one parquet file, once it has been seen to be one."""
+    return ParquetTable(_footers(path), str(path)) if stream else cached_parquet(path)
+
+
+def cached_parquet(path: Path) -> CachedTable:
+    """The same, as a copy in the cache."""
+    _footers(path)
+    return _read("parquet", path, path)
+
+
+def _footers(path: Path) -> dict[str, pq.FileMetaData]:
     if not path.is_file():
         raise InputError(f"file {path} is missing: put the {path.stem} rows there, as parquet")
-    footers = read_footers([str(path)])
-    return ParquetTable(footers, str(path)) if stream else _read("parquet", path, path)
+    return read_footers([str(path)])
 
 
 def from_images(folder: Path, stream: bool = False) -> Table:
@@ -85,13 +104,12 @@ def from_images(folder: Path, stream: bool = False) -> Table:
     return _read("imagefolder", folder, folder / "**")
 
 
-def _read(builder: str, source: Path, files: Path) -> Table:
+def _read(builder: str, source: Path, files: Path) -> CachedTable:
     pattern = str(Path(glob.escape(str(source.absolute()))) / files.relative_to(source))
     try:
         # Online, even a local file makes `datasets` report to the hub that it is being read.
-        with _quiet(), _offline():
-            _check_cache()
-            rows = datasets.load_dataset(builder, data_files={"train": pattern}, split="train")
+        with quiet(), _offline():
+            rows = _load(builder, data_files={"train": pattern}, split="train")
     except InputError:
         raise
     except Exception as error:  # readers, decompressors and the cache each have their own classes
@@ -123,7 +141,25 @@ def from_hub(
     cache does not have it either, has no train and test split, or has no parquet files to stream.
     """
     what = f"dataset {name!r} on the Hugging Face hub"
-    with _quiet():
+    with _hub(name, repository, stream):
+        return _splits(repository, repository, test_split, what, stream)
+
+
+def hub_splits(name: str, repository: str, *configuration: str) -> datasets.DatasetDict:
+    """All splits of a data set on the hub, of the configuration if it has several.
+
+    **Raises:**
+
+    `InputError` as `from_hub`.
+    """
+    with _hub(name, repository, stream=False):
+        return _load(repository, *configuration)
+
+
+@contextlib.contextmanager
+def _hub(name: str, repository: str, stream: bool) -> Iterator[None]:
+    """The hub, or without it the local cache; what goes wrong becomes an `InputError`."""
+    with quiet():
         reachable = _hub_has(repository)
         if stream and not reachable:
             raise InputError(
@@ -132,7 +168,7 @@ def from_hub(
             )
         try:
             with contextlib.nullcontext() if reachable else _offline():
-                return _splits(repository, repository, test_split, what, stream)
+                yield
         except InputError:
             raise
         except Exception as error:  # network, disk, parser: each has its own classes
@@ -154,8 +190,7 @@ def _splits(
             for s in names
         ]
     else:
-        _check_cache()
-        splits = datasets.load_dataset(source)
+        splits = _load(source)
         names = _chosen(map(str, splits), test_split, what)
         found = [CachedTable(splits[s], f"split {s!r} of {where}") for s in names]
     train, test = found
@@ -192,6 +227,19 @@ def _check_cache() -> None:
     """Raise an `InputError` if there is no place for the cache of `datasets`."""
     if str(datasets.config.HF_DATASETS_CACHE).startswith("~"):
         raise InputError("no home folder is known for the cache of data sets: set HOME or HF_HOME")
+
+
+def _load(*arguments: str, **options: Any) -> Any:
+    """`datasets.load_dataset`, once it is known that there is a place for its cache."""
+    _check_cache()
+    return datasets.load_dataset(*arguments, **options)
+
+
+def _folder_error(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"folder {folder} cannot be loaded: {reason(error).rstrip('.')}; a folder inside "
+        "of it may be meant, or put train.parquet and test.parquet there"
+    )
 
 
 def _hub_has(repository: str) -> bool:
@@ -234,7 +282,7 @@ def _offline() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, log lines or warnings of the Hugging Face libraries."""
     with contextlib.ExitStack() as restore, warnings.catch_warnings():
         warnings.simplefilter("ignore")

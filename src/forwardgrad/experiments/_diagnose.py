@@ -127,12 +127,15 @@ def diagnosis_of(step: Problem, seed: int, samples: int) -> Diagnosis:
 
 def plot_diagnoses(diagnoses: Mapping[str, Diagnosis], title: str) -> Figure:
     """Cosine, relative variance and bias of every layer, a colour and a mark an algorithm."""
-    names = [row.name for row in next(iter(diagnoses.values())).rows]
+    # The heads of local losses are not in every network.
+    most_first = sorted(diagnoses.values(), key=lambda diagnosis: -len(diagnosis.rows))
+    names = [*dict.fromkeys(row.name for diagnosis in most_first for row in diagnosis.rows)]
     height = 1.5 + len(names) * (0.2 + 0.11 * len(diagnoses))
     figure, (axes,) = panels(1, 3, size=(13, height), sharey=True)
     cosine, variance, bias = axes
     for i, (name, diagnosis) in enumerate(diagnoses.items()):
-        places = np.arange(len(names)) + 0.7 * ((i + 0.5) / len(diagnoses) - 0.5)
+        own = np.array([names.index(row.name) for row in diagnosis.rows])
+        places = own + 0.7 * ((i + 0.5) / len(diagnoses) - 0.5)
         color, _, marker = look(name)
         style = {"fmt": marker, "ms": 4, "capsize": 2, "color": color, "label": name}
         intervals = np.array([_intervals(row) for row in diagnosis.rows], float)

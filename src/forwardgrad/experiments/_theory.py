@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import Backpropagation
-from forwardgrad.networks._local_mixer import Block, normalise
+from forwardgrad.networks._local_mixer import Block
+from forwardgrad.networks._normalise import normalise
 from forwardgrad.rewrite import Activation, Hooks, Program
 from forwardgrad.training import Problem
 

@@ -2,18 +2,27 @@
 
 import abc
 from collections.abc import Callable
+from typing import ClassVar, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from forwardgrad.networks._layers import Linear
 
-Images = Float[Array, "batch height width channels"]
+Images: TypeAlias = Float[Array, "batch height width channels"]
+
+Tokens: TypeAlias = Int[Array, "batch tokens"]
+
+Examples: TypeAlias = Images | Tokens
+"""What a network is called on: images, or sequences of tokens."""
 
 Features = Float[Array, "units batch patches"]
-"""What heads and the classifier see: units first, in groups of equal size, and patches last."""
+"""What heads and the classifier see: units first, in groups of equal size, and patches last.
+
+The patches of a text are its tokens.
+"""
 
 
 def copy_axes(block: int) -> tuple[str, str]:
@@ -38,7 +47,12 @@ class AbstractNetwork(eqx.Module):
 
     If the blocks have losses of their own, each block has a head, which is a linear layer. A head
     has as many outputs as the classifier, or `projection` outputs in contrastive learning.
+
+    A network of images has one output for an image, a network of texts one for each token.
     """
+
+    by_token: ClassVar[bool] = False
+    """Whether examples are sequences of tokens, with an output for each."""
 
     blocks: list[Callable[[Array], Array]]
     heads: list[Linear] | None
@@ -46,19 +60,26 @@ class AbstractNetwork(eqx.Module):
     groups: int = eqx.field(static=True)
     projection: int | None = eqx.field(static=True)
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What the axes of the losses of the classifier's output are called."""
+        return ("example", "token") if self.by_token else ("example",)
+
     @abc.abstractmethod
-    def embed(self, images: Images) -> Array:
+    def embed(self, examples: Examples) -> Array:
         """The first block's input."""
 
     @abc.abstractmethod
     def features(self, x: Array) -> Features:
         """A block's output (or the first one's input) by units, examples and patches."""
 
-    def pooled(self, x: Array) -> Float[Array, "batch units"]:
-        """The mean of a block's features over patches."""
+    def pooled(self, x: Array) -> Float[Array, "batch *tokens units"]:
+        """The mean of a block's features over patches; of each token its own features."""
+        if self.by_token:
+            return self.features(x).transpose(1, 2, 0)
         return jnp.mean(self.features(x), axis=2).T
 
-    def classify(self, x: Array) -> Float[Array, "batch classes"]:
+    def classify(self, x: Array) -> Float[Array, "batch *tokens classes"]:
         """The logits for the last block's output: a linear layer on its pooled features.
 
         If the heads project features, the classifier is a readout. Nothing limits the size of the
@@ -67,13 +88,13 @@ class AbstractNetwork(eqx.Module):
         pooled = self.pooled(x)
         return self.classifier(pooled if self.projection is None else _of_one_length(pooled))
 
-    def blocks_output(self, images: Images) -> Array:
+    def blocks_output(self, examples: Examples) -> Array:
         """What the last block computes."""
-        x = self.embed(images)
+        x = self.embed(examples)
         for block in self.blocks:
             x = block(x)
         return x
 
-    def __call__(self, images: Images) -> Float[Array, "batch classes"]:
+    def __call__(self, examples: Examples) -> Float[Array, "batch *tokens classes"]:
         """The logits."""
-        return self.classify(self.blocks_output(images))
+        return self.classify(self.blocks_output(examples))

@@ -7,6 +7,7 @@ from jaxtyping import Array, Key
 from forwardgrad._errors import InputError, unknown_name
 from forwardgrad.networks._base import AbstractNetwork
 from forwardgrad.networks._cnn import CNN
+from forwardgrad.networks._gpt import GPT, Positions, gpt_size_of
 from forwardgrad.networks._local_mixer import SIZES, LocalMixer, size_of
 from forwardgrad.networks._mlp import MLP
 
@@ -20,21 +21,27 @@ DEPTH = 2
 def build(
     name: str,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, int, int] | None = None,
+    context: int | None = None,
     classes: int,
     key: Key[Array, ""],
     width: int | None = None,
     depth: int | None = None,
     heads: bool = False,
     projection: int | None = None,
+    positions: Positions = "rotary",
+    tied: bool = False,
 ) -> AbstractNetwork:
     """A network with random weights.
 
     **Arguments:**
 
     - `name`: `"logreg"`, `"mlp"`, `"cnn"`, or a LocalMixer by its size, patches along a side and
-        groups, such as `"m/8/16"`: the paper's, or any other of its three numbers of units.
+        groups, such as `"m/8/16"`: the paper's, or any other of its three numbers of units. Of
+        texts, a decoder by its layers, width and, if they are given, attention heads, such as
+        `"gpt/2/128"`.
     - `image_shape`: height, width and channels of an image.
+    - `context`: tokens of a text, for a decoder.
     - `classes`: the number of outputs.
     - `key`: a random key.
     - `width`: units of the hidden linear layers (`mlp`, `cnn`). Default: 1024.
@@ -42,25 +49,40 @@ def build(
     - `heads`: whether blocks get heads for losses of their own. A LocalMixer always has them.
     - `projection`: the number of the heads' outputs, where they project features for contrastive
         learning. Default: that of the classes.
+    - `positions`, `tied`: of a decoder: see [`forwardgrad.networks.GPT`][].
 
     **Returns:**
 
     A module to be called on images [batch, height, width, channels]; it returns logits
-    [batch, classes].
+    [batch, classes]. A decoder is called on tokens [batch, context]; it returns logits
+    [batch, context, classes].
 
     **Raises:**
 
-    `InputError` if the name is unknown, or a size is impossible or not the network's to set.
+    `InputError` if the name is unknown, a size is impossible or not the network's to set, or the
+    network is for images and `context` is given, or for texts and `image_shape` is.
 
     >>> import jax
     >>> network = build("mlp", image_shape=(28, 28, 1), classes=10, key=jax.random.key(0))
     >>> network(jax.numpy.zeros((5, 28, 28, 1))).shape
     (5, 10)
     """
-    size = size_of(name)
-    if size is None and name not in NAMES:
-        raise unknown_name("network", name, NAMES)
+    size, gpt_size = size_of(name), gpt_size_of(name)
+    if size is None and gpt_size is None and name not in NAMES:
+        raise unknown_name("network", name, (*NAMES, "gpt/LAYERS/WIDTH"))
     _check_sizes(name, width, depth)
+    if gpt_size is not None:
+        if context is None or image_shape is not None or projection is not None:
+            raise InputError(
+                f"network {name!r} reads text: expected a context and no image_shape or "
+                f"projection, got {context}, {image_shape} and {projection}"
+            )
+        made = {"key": key, "heads": heads, "positions": positions, "tied": tied}
+        return GPT(classes, context, gpt_size, **made)
+    if image_shape is None or context is not None or positions != "rotary" or tied:
+        raise InputError(
+            f"network {name!r} takes images: expected an image_shape, and no settings of a decoder"
+        )
     if size is not None:
         return LocalMixer(image_shape, size, classes, key=key, projection=projection)
     with_heads = {"heads": heads, "projection": projection}

@@ -72,9 +72,9 @@ class CNN(AbstractNetwork):
         self.projection = projection
         self.groups = 1
 
-    def embed(self, images: Images) -> Images:
+    def embed(self, examples: Images) -> Images:
         """The images."""
-        return images
+        return examples
 
     def features(self, x: Float[Array, "batch *patches units"]) -> Features:
         """The channels, with every pixel a patch; or the units, in one."""

@@ -4,7 +4,6 @@ Activations have units first and patches last, so that mixing patches, mixing un
 units of each group are all matrix products without a transposition.
 """
 
-import functools
 import re
 from typing import NamedTuple
 
@@ -16,10 +15,8 @@ from jaxtyping import Array, Float, Key
 from forwardgrad._errors import InputError
 from forwardgrad.networks._base import AbstractNetwork, Features, Images, copy_axes
 from forwardgrad.networks._layers import LAST_GAIN, Linear, he_normal, make_heads
-from forwardgrad.networks._mean import mean
+from forwardgrad.networks._normalise import normalise
 from forwardgrad.rewrite import activation
-
-EPSILON = 1e-5
 
 
 class Size(NamedTuple):
@@ -165,36 +162,16 @@ class LocalMixer(AbstractNetwork):
         self.groups = size.groups
         self.patches = size.patches
 
-    def embed(self, images: Images) -> Features:
+    def embed(self, examples: Images) -> Features:
         """The pixels of each patch."""
-        batch, height, width, channels = images.shape
+        batch, height, width, channels = examples.shape
         n = self.patches
-        x = images.reshape(batch, n, height // n, n, width // n, channels)
+        x = examples.reshape(batch, n, height // n, n, width // n, channels)
         return x.transpose(2, 4, 5, 0, 1, 3).reshape(-1, batch, n * n)
 
     def features(self, x: Features) -> Features:
         """The activations as they are."""
         return x
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def normalise(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """`x` with mean zero and variance one along an axis."""
-    return _normalised(x, axis)[0]
-
-
-def _normalised(x: Array, axis: int) -> tuple[Array, Array]:
-    centred = x - mean(x, axis)
-    scale = jax.lax.rsqrt(mean(centred**2, axis) + EPSILON)
-    return centred * scale, scale
-
-
-@normalise.defjvp
-def _normalise_jvp(axis, primals, tangents):
-    # In terms of the output, which is there anyway, instead of three intermediate results.
-    (x,), (dx,) = primals, tangents
-    y, scale = _normalised(x, axis)
-    return y, scale * (dx - mean(dx, axis) - y * mean(y * dx, axis))
 
 
 @jax.custom_jvp

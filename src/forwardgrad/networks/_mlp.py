@@ -45,9 +45,9 @@ class MLP(AbstractNetwork):
         self.projection = projection
         self.groups = 1
 
-    def embed(self, images: Images) -> Array:
+    def embed(self, examples: Images) -> Array:
         """All pixels of an image."""
-        return images.reshape(images.shape[0], -1)
+        return examples.reshape(examples.shape[0], -1)
 
     def features(self, x: Float[Array, "batch units"]) -> Features:
         """The units, in one patch."""

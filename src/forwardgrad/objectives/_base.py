@@ -10,7 +10,7 @@ from jaxtyping import Array
 from forwardgrad._errors import InputError
 from forwardgrad._losses import Losses
 from forwardgrad.networks import AbstractNetwork
-from forwardgrad.networks._base import Images
+from forwardgrad.networks._base import Examples
 from forwardgrad.networks._layers import Linear
 from forwardgrad.objectives._supervised import cross_entropy, wrong
 from forwardgrad.objectives._task import AbstractTask, Labels
@@ -22,7 +22,7 @@ Outcome = tuple[Losses, dict[str, Array]]
 class AbstractObjective(eqx.Module):
     """Where losses sit, and where gradients stop.
 
-    Called as `objective(network, images, labels)`.
+    Called as `objective(network, examples, labels)`.
     """
 
     task: eqx.AbstractVar[AbstractTask]
@@ -33,7 +33,7 @@ class AbstractObjective(eqx.Module):
         """Whether the network's blocks must have heads."""
 
     @abc.abstractmethod
-    def __call__(self, network: AbstractNetwork, images: Images, labels: Labels) -> Outcome:
+    def __call__(self, network: AbstractNetwork, examples: Examples, labels: Labels) -> Outcome:
         """The losses, not added up, and `{"errors": the number of wrong predictions}`."""
 
 
@@ -66,5 +66,5 @@ def with_classifier(
     With `detached`, the features are constants to the classifier.
     """
     logits = network.classify(jax.lax.stop_gradient(x) if detached else x)
-    losses = Losses([*terms, cross_entropy(logits, labels)], [*axes, ("example",)])
+    losses = Losses([*terms, cross_entropy(logits, labels)], [*axes, network.axes])
     return losses, {"errors": wrong(logits, labels)}

@@ -1,7 +1,7 @@
 """One loss at the network's end."""
 
 from forwardgrad.networks import AbstractNetwork
-from forwardgrad.networks._base import Images
+from forwardgrad.networks._base import Examples
 from forwardgrad.objectives._base import AbstractObjective, Outcome, heads_of, with_classifier
 from forwardgrad.objectives._replicated import separate_losses
 from forwardgrad.objectives._supervised import Supervised
@@ -34,9 +34,9 @@ class GlobalLoss(AbstractObjective):
         """Whether the task is another than the classifier's."""
         return not self.task.uses_labels
 
-    def __call__(self, network: AbstractNetwork, images: Images, labels: Labels) -> Outcome:
+    def __call__(self, network: AbstractNetwork, examples: Examples, labels: Labels) -> Outcome:
         """The loss of every example, and the number of wrong predictions."""
-        x = network.blocks_output(images)
+        x = network.blocks_output(examples)
         if self.task.uses_labels:
             return with_classifier(network, x, labels, [], [], detached=False)
         head = heads_of(network, "contrastive learning needs")[-1]

@@ -9,8 +9,8 @@ from jaxtyping import Array
 from forwardgrad._errors import InputError
 from forwardgrad._greedy_stages import grouped
 from forwardgrad._losses import Losses
-from forwardgrad.networks import AbstractNetwork, copy_axes
-from forwardgrad.networks._base import Images
+from forwardgrad.networks import GPT, AbstractNetwork, copy_axes
+from forwardgrad.networks._base import Examples
 from forwardgrad.objectives._base import AbstractObjective, Outcome, heads_of, with_classifier
 from forwardgrad.objectives._replicated import replicated_loss
 from forwardgrad.objectives._supervised import Supervised
@@ -22,7 +22,7 @@ class LocalLoss(AbstractObjective):
 
     Block i has a head on its features and the loss $L_i$, replicated over patches and groups (see
     [`replicated_loss`][forwardgrad.objectives.replicated_loss]); the network's classifier has the
-    cross-entropy L.
+    cross-entropy L. A network of texts has a loss for every token instead, and no copies.
 
     - Local losses, `greedy=False`: $L + \sum_i L_i$. Gradients pass from block to block.
     - Greedy local losses, `greedy=True`: the same sum, but no gradient passes from one block to
@@ -60,18 +60,18 @@ class LocalLoss(AbstractObjective):
         """Always."""
         return True
 
-    def __call__(self, network: AbstractNetwork, images: Images, labels: Labels) -> Outcome:
+    def __call__(self, network: AbstractNetwork, examples: Examples, labels: Labels) -> Outcome:
         """The losses, block by block and the classifier's last, and the wrong predictions."""
         heads_of(network, "local losses need")
-        x, terms, axes = self._through(network, network.embed(images), labels)
+        x, terms, axes = self._through(network, network.embed(examples), labels)
         detached = self.greedy or not self.task.uses_labels
         return with_classifier(network, x, labels, terms, axes, detached=detached)
 
     def stages(self, network: AbstractNetwork, count: int) -> tuple[list[Any], list[Any]]:
         """A network's blocks in groups, for a [`forwardgrad.BlockPipeline`][].
 
-        The first stage takes images, and the last one has the classifier. Its output is what the
-        objective returns beside the losses, `{"errors": the number of wrong predictions}`.
+        The first stage takes images or tokens, and the last one has the classifier. Its output is
+        what the objective returns beside the losses, `{"errors": the number of wrong predictions}`.
 
         **Arguments:**
 
@@ -87,7 +87,8 @@ class LocalLoss(AbstractObjective):
         **Raises:**
 
         `InputError` if gradients pass from one block to another, the stages are more than the
-        blocks, or the network has no blocks or no heads for them.
+        blocks, the embedding is tied to the classifier, or the network has no blocks or no heads
+        for them.
 
         >>> import forwardgrad as fg, jax.numpy as jnp, optax
         >>> from forwardgrad.networks import LocalMixer, Size
@@ -107,11 +108,18 @@ class LocalLoss(AbstractObjective):
                 "a pipeline needs a loss at every block and no gradients between blocks, got "
                 f"greedy={self.greedy} and blockwise={self.blockwise}"
             )
+        if count > 1 and isinstance(network, GPT) and network.embedding is None:
+            raise InputError(
+                "a pipeline of several stages needs an embedding that is not tied to the "
+                "classifier, whose weights the first and the last stage would share"
+            )
         total, stages, parts = len(network.blocks), [], []
         for own in grouped(total, count):
             last = own.stop == total
             part = (network.blocks[own], heads[own], network.classifier if last else None)
-            parts.append(eqx.tree_at(_trained, network, part))
+            # What embeds the examples is in the first stage alone.
+            like = eqx.filter(network, eqx.is_inexact_array, inverse=True) if own.start else network
+            parts.append(eqx.tree_at(_trained, like, part))
             stages.append(_Stage(self, own.start, last))
         return stages, parts
 
@@ -120,12 +128,20 @@ class LocalLoss(AbstractObjective):
         stop = jax.lax.stop_gradient if self.greedy and self.blockwise else lambda x: x
         terms, axes = [], []
         for i, (block, head) in enumerate(zip(network.blocks, network.heads, strict=True)):
-            x = block(stop(x))
+            x = block(x)
             if self.blockwise or i == len(network.blocks) - 1:
-                group, patch = copy_axes(first + i)
-                terms.append(self._replicated(network, x, head, labels))
-                axes.append((group, "example", patch))
+                term, names = self._of_block(network, first + i, x, head, labels)
+                terms.append(term)
+                axes.append(names)
+            x = stop(x)
         return x, terms, axes
+
+    def _of_block(self, network, number, x, head, labels):
+        """The losses of a block, and the names of their axes."""
+        if network.by_token:
+            return self.task.losses(head(network.pooled(x)), labels), network.axes
+        group, patch = copy_axes(number)
+        return self._replicated(network, x, head, labels), (group, "example", patch)
 
     def _replicated(self, network, x, head, labels):
         features = network.features(x)

@@ -10,15 +10,17 @@ from jaxtyping import Array, Float, Int
 from forwardgrad.objectives._task import AbstractTask, Labels, Outputs, PerExample
 
 
-def cross_entropy(logits: Float[Array, "batch classes"], labels: Labels) -> PerExample:
+def cross_entropy(logits: Float[Array, "batch *tokens classes"], labels: Labels) -> PerExample:
     r"""Softmax cross-entropy of every example, scaled to add up to the batch's mean.
 
     $$\ell_b = -\frac1B \log \operatorname{softmax}(z_b)_{y_b}$$
+
+    Of texts it is that of every token, and the mean is over all tokens.
     """
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels) / len(labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels) / labels.size
 
 
-def wrong(logits: Float[Array, "batch classes"], labels: Labels) -> Int[Array, ""]:
+def wrong(logits: Float[Array, "batch *tokens classes"], labels: Labels) -> Int[Array, ""]:
     """The number of wrong predictions."""
     return jnp.sum(jnp.argmax(logits, axis=-1) != labels)
 
@@ -33,6 +35,6 @@ class Supervised(AbstractTask):
         return cross_entropy(outputs, labels)
 
     def error(self, outputs: Outputs, labels: Labels) -> Outputs:
-        """The softmax, less one at the label, divided by the number of examples."""
-        target = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
-        return (jax.nn.softmax(outputs) - target) / len(labels)
+        """The softmax, less one at the label, divided by the number of labels."""
+        target = jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+        return (jax.nn.softmax(outputs) - target) / labels.size

@@ -6,12 +6,12 @@ from typing import ClassVar
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
-Outputs = Float[Array, "batch outputs"]
-"""What a linear layer makes of the examples."""
+Outputs = Float[Array, "batch *tokens outputs"]
+"""What a linear layer makes of the examples, or of each of their tokens."""
 
-Labels = Int[Array, " batch"]
+Labels = Int[Array, "batch *tokens"]
 
-PerExample = Float[Array, " batch"]
+PerExample = Float[Array, "batch *tokens"]
 
 
 class AbstractTask(eqx.Module):

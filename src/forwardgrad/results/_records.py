@@ -66,6 +66,8 @@ class Measurement:
     learning_rate: Number | None = None
     train_error: Percent | None = None
     test_error: Percent | None = None
+    test_loss: Number | None = None
+    bits_per_character: Number | None = None
     reason: Name | None = None
 
 
@@ -85,12 +87,18 @@ class Outcome(Origin):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary(Outcome):
-    """`summary.json`: what a run ended with."""
+    """`summary.json`: what a run ended with.
+
+    Losses of test and validation are cross-entropies, in nats.
+    """
 
     epochs: int | float
     steps: Count
     parameters: Count
     train_loss: Number
+    test_loss: Number | None = None
+    validation_loss: Number | None = None
+    bits_per_character: Number | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

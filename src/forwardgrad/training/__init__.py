@@ -3,8 +3,11 @@
 from forwardgrad.training._algorithms import ALGORITHMS
 from forwardgrad.training._config import (
     AugmentationSettings,
+    DecoderSettings,
+    ImageSettings,
     NetworkSettings,
     OptimizerSettings,
+    TextSettings,
     TrainConfig,
     configure,
 )
@@ -18,12 +21,15 @@ from forwardgrad.training._setup import Problem, problem
 __all__ = [
     "ALGORITHMS",
     "AugmentationSettings",
+    "DecoderSettings",
     "Devices",
+    "ImageSettings",
     "Interrupted",
     "NetworkSettings",
     "OptimizerSettings",
     "Problem",
     "Run",
+    "TextSettings",
     "TrainConfig",
     "command",
     "configure",

@@ -1,39 +1,74 @@
 """What a network gets to see: feeds of the compiled loop, inputs, and what is tested on."""
 
+import abc
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+import optax
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped, UInt8
 
 from forwardgrad._errors import InputError
 from forwardgrad.augmentation import AbstractAugmentation, augment
-from forwardgrad.data import Dataset, ResidentSplit, Split, StreamedSplit
+from forwardgrad.data import Dataset, Split, StreamedSplit, Text
 from forwardgrad.data._dataset import Share, part_of
 from forwardgrad.objectives import two_views, wrong
-from forwardgrad.training._config import TrainConfig
+from forwardgrad.training._config import ImageSettings, TrainConfig
 from forwardgrad.training._devices import ONE, Devices
 
 
 class Feed(eqx.Module):
     """Examples on the devices: those of each batch, or all, and which of these each batch has."""
 
-    images: UInt8[Array, "*steps examples height width channels"]
-    labels: Int[Array, "*steps examples"]
+    examples: Shaped[Array, "*shape"]
+    labels: Int[Array, "*labels"]
     order: Int[Array, "steps batch"] | None = None
 
     def batch(self, i: Int[Array, ""] | int) -> tuple[Array, Array]:
-        """The images and labels of a batch."""
+        """The examples and labels of a batch."""
         chosen = i if self.order is None else self.order[i]
-        return self.images[chosen], self.labels[chosen]
+        return self.examples[chosen], self.labels[chosen]
 
 
-class Inputs(eqx.Module):
-    """From a batch as it is stored to a batch as a network gets it.
+class AbstractInputs(eqx.Module):
+    """From a batch as it is stored to a batch as a network gets it."""
+
+    views: eqx.AbstractVar[int]
+    """How many of each example a step sees."""
+
+    @abc.abstractmethod
+    def training(self, examples: Array, labels: Array, key: Key[Array, ""]) -> tuple[Array, Array]:
+        """The examples, and the labels, of a step."""
+
+    @abc.abstractmethod
+    def plain(self, examples: Array) -> Array:
+        """Examples as they are."""
+
+
+class TextInputs(AbstractInputs):
+    """Tokens, as they are stored."""
+
+    views: int = eqx.field(static=True, default=1)
+
+    def training(
+        self, examples: Int[Array, "batch tokens"], labels: Array, key: Key[Array, ""]
+    ) -> tuple[Int[Array, "batch tokens"], Array]:
+        """The tokens and the ones that follow."""
+        del key
+        return examples, labels
+
+    def plain(self, examples: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+        """The tokens."""
+        return examples
+
+
+class Inputs(AbstractInputs):
+    """Images: augmented and normalised.
 
     **Arguments:**
 
@@ -49,12 +84,12 @@ class Inputs(eqx.Module):
 
     def training(
         self,
-        images: UInt8[Array, "batch height width channels"],
+        examples: UInt8[Array, "batch height width channels"],
         labels: Int[Array, " batch"],
         key: Key[Array, ""],
     ) -> tuple[Float[Array, "examples height width channels"], Int[Array, " examples"]]:
         """Augmented images, and labels, of a step."""
-        pixels = _to_unit(images)
+        pixels = _to_unit(examples)
         keys = jax.random.split(key, self.views)
         views = [augment(self.augmentation, pixels, k) for k in keys]
         if self.views == 1:
@@ -62,10 +97,10 @@ class Inputs(eqx.Module):
         return self._normalised(two_views(*views)), two_views(labels, labels)
 
     def plain(
-        self, images: UInt8[Array, "batch height width channels"]
+        self, examples: UInt8[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width channels"]:
         """Images as they are."""
-        return self._normalised(_to_unit(images))
+        return self._normalised(_to_unit(examples))
 
     def _normalised(self, pixels: Array) -> Array:
         return (pixels - self.shift) / self.scale
@@ -75,14 +110,17 @@ def _to_unit(images: Array) -> Array:
     return images.astype(jnp.float32) / 255
 
 
-def make_inputs(config: TrainConfig, data: Dataset) -> Inputs:
-    """What the settings make of a data set's images."""
-    channels = data.image_shape[2]
+def make_inputs(config: TrainConfig, data: Dataset | Text) -> AbstractInputs:
+    """What the settings make of a data set's images, or of a text."""
+    if isinstance(data, Text):
+        return TextInputs()
+    settings, channels = config.data, data.image_shape[2]
+    assert isinstance(settings, ImageSettings)
     return Inputs(
-        augmentation=config.augmentation.build(),
+        augmentation=settings.augmentation.build(),
         views=2 if config.task == "contrastive" else 1,
-        shift=jnp.asarray(data.mean) if config.normalise else jnp.zeros(channels),
-        scale=jnp.asarray(data.std) if config.normalise else jnp.ones(channels),
+        shift=jnp.asarray(data.mean) if settings.normalise else jnp.zeros(channels),
+        scale=jnp.asarray(data.std) if settings.normalise else jnp.ones(channels),
     )
 
 
@@ -97,11 +135,9 @@ Feeds = Callable[[int, int], Iterator[tuple[Feed, int, int]]]
 """`feeds(epoch, start)`: for the steps of an epoch from `start` on, with the range in each."""
 
 
-def _resident(
-    split: ResidentSplit, batch_size: int, key: Key[Array, ""], devices: Devices
-) -> Feeds:
+def _resident(split: Split, batch_size: int, key: Key[Array, ""], devices: Devices) -> Feeds:
     """All examples on every device, in one feed; only their order changes."""
-    images, labels = devices.whole((jnp.asarray(split.images), jnp.asarray(split.labels)))
+    examples, labels = devices.whole(tuple(map(jnp.asarray, next(split.ordered(len(split))))))
     steps = len(split) // batch_size
 
     @jax.jit
@@ -110,14 +146,14 @@ def _resident(
         return devices.keep_cut(shuffled[: steps * batch_size].reshape(steps, batch_size), axis=1)
 
     def feeds(epoch: int, start: int) -> Iterator[tuple[Feed, int, int]]:
-        yield Feed(images, labels, order(epoch)), start, steps
+        yield Feed(examples, labels, order(epoch)), start, steps
 
     return feeds
 
 
 def _streamed(split: StreamedSplit, batch_size: int, seed: int, devices: Devices) -> Feeds:
     """Stacks of batches, decoded ahead of the devices' work, by each process for its own."""
-    possible = STACK_BYTES // (batch_size * math.prod(split.image_shape))
+    possible = STACK_BYTES // (batch_size * split.example_bytes)
     size = max(1, min(STACK, possible))
 
     def feeds(epoch: int, start: int) -> Iterator[tuple[Feed, int, int]]:
@@ -151,42 +187,61 @@ def make_feeds(
         raise InputError(
             f"batch_size (={batch_size}) is larger than the training set of {len(split)} examples"
         )
-    if isinstance(split, ResidentSplit):
-        return _resident(split, batch_size, key, devices)
-    assert isinstance(split, StreamedSplit)
-    return _streamed(split, batch_size, seed, devices)
+    if isinstance(split, StreamedSplit):
+        return _streamed(split, batch_size, seed, devices)
+    return _resident(split, batch_size, key, devices)
 
 
 BATCH = 500
+"""Examples that are evaluated at once, at most."""
+
+MOST_OUTPUTS = 2**24
+"""Logits that are computed at once, at most."""
 
 
 Predict = Callable[[PyTree, Array], Array]
-"""`(params, images uint8) -> logits`."""
+"""`(params, examples) -> logits`, of examples as they are stored."""
 
 
-def make_error(
-    predict: Predict, split: Split, limit: int | None = None, *, devices: Devices = ONE
-) -> Callable[[PyTree], float]:
-    """A function of the parameters: the per cent of wrong predictions on a split.
+class Evaluation(NamedTuple):
+    """How well predictions are, on average: the per cent that are wrong, the cross-entropy."""
+
+    error: float
+    loss: float
+
+
+def make_evaluation(
+    predict: Predict,
+    split: Split,
+    limit: int | None = None,
+    batch: int = BATCH,
+    *,
+    devices: Devices = ONE,
+) -> Callable[[PyTree], Evaluation]:
+    """A function of the parameters: how well predictions are on a split.
 
     `limit` stops after so many examples.
     """
-    size = -(-BATCH // devices.count) * devices.count
+    size = -(-batch // devices.count) * devices.count
     total = len(split) if limit is None else min(limit, len(split))
 
     @jax.jit
-    def count(params, images, labels, mistakes):
-        return devices.keep_whole(mistakes + wrong(predict(params, images), labels))
-
-    def error(params: PyTree) -> float:
-        mistakes, seen = np.int32(0), 0
-        for images, labels, _ in batches(split, limit, size, devices.share):
-            mistakes = count(params, *devices.cut((images, labels)), mistakes)
-            seen += size
+    def add(totals, params, examples, labels):
+        logits, there = predict(params, examples), labels >= 0
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         # What fills up a batch has a label that is always wrong.
-        return 100.0 * (int(mistakes) - (seen - total)) / total
+        mistakes = wrong(logits, labels) - jnp.sum(~there)
+        loss = jnp.sum(jnp.where(there, losses, 0))
+        return devices.keep_whole((totals[0] + mistakes, totals[1] + loss))
 
-    return error
+    def evaluate(params: PyTree) -> Evaluation:
+        totals, count = (np.int32(0), np.float32(0)), 0
+        for examples, labels, _ in batches(split, limit, size, devices.share):
+            totals = add(totals, params, *devices.cut((examples, labels)))
+            count = total * math.prod(labels.shape[1:])
+        return Evaluation(100.0 * int(totals[0]) / count, float(totals[1]) / count)
+
+    return evaluate
 
 
 def batches(
@@ -194,15 +249,19 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """A share of batches in the split's order, and how many of each share only fill it up.
 
-    A short batch is filled up with black images, so that one program serves all. These have the
-    label -1, and so do images after the first `limit`.
+    A short batch is filled up with zeros, so that one program serves all. These have the label -1,
+    and so do examples after the first `limit`.
     """
+
+    def filled(array, missing, value):
+        return np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=value)
+
     count = len(split) if limit is None else min(limit, len(split))
     mine = part_of(size, share)
     parts = itertools.islice(split.ordered(size, share=share), -(-count // size))
-    for number, (images, labels) in enumerate(parts):
+    for number, (examples, labels) in enumerate(parts):
         missing = mine.stop - mine.start - len(labels)
-        images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
-        labels = np.pad(labels, (0, missing), constant_values=-1)
-        labels[max(0, count - number * size - mine.start) :] = -1
-        yield images, labels, int(np.sum(labels < 0))
+        labels = filled(labels, missing, -1)
+        there = max(0, count - number * size - mine.start)
+        labels[there:] = -1
+        yield filled(examples, missing, 0), labels, max(0, len(labels) - there)

@@ -13,6 +13,7 @@ from forwardgrad._errors import MOST, InputError, check_seed, unknown_name
 from forwardgrad._files import local
 from forwardgrad.augmentation import AbstractAugmentation, build
 from forwardgrad.estimators import AbstractEstimator
+from forwardgrad.networks import gpt_size_of
 from forwardgrad.objectives import AbstractObjective
 from forwardgrad.training._algorithms import ALGORITHMS, defaults, parts
 
@@ -23,6 +24,7 @@ Positive = Annotated[float, Meta(gt=0, le=1e300)]
 Task = Literal["supervised", "contrastive"]
 Augment = Literal["none", "crop-flip", "simclr"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "lars"]
+Positions = Literal["rotary", "learned"]
 Schedule = Literal["constant", "cosine", "exponential", "linear"]
 
 AUGMENTED: dict[str, Augment] = {"supervised": "none", "contrastive": "simclr"}
@@ -72,8 +74,47 @@ class AugmentationSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSettings(Settings):
+    """How a data set of images is read."""
+
+    label_column: str | None = None
+    """Column of the labels. Default: label, else the first of classes, or the only of integers."""
+    image_size: Count | None = None
+    """Height and width that images are cropped (to the square in the middle) and resized to.
+    Default: as they are; 224 for imagenet, if they differ in size."""
+    stream: bool = False
+    """Read parquet files in place, on this machine or the hub, and make no copy in the cache."""
+    normalise: bool = True
+    """Subtract the training images' mean and divide by their standard deviation, per channel."""
+    augmentation: AugmentationSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    """How a text is read."""
+
+    text_column: str | None = None
+    """Column of the text in a table. Default: text, else the only one of strings."""
+    tokenizer: str = "chars"
+    """What a token is: one of the text's characters (chars), a byte (bytes), or what the file of a
+    tokenizer says (tokenizer.json)."""
+    context: Count = 64
+    """Tokens of a window, each of which is predicted from those before it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderSettings(Settings):
+    """What the name of a network of texts leaves open."""
+
+    positions: Positions = "rotary"
+    """How attention knows positions: rotary, or a learned vector for each."""
+    tied: bool = False
+    """Whether the classifier's weights are the embeddings."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkSettings(Settings):
-    """Sizes that a network's name leaves open."""
+    """Sizes that the name of a network of images leaves open."""
 
     width: Count | None = None
     """Units of the hidden linear layers (mlp, cnn). Default: 1024."""
@@ -128,10 +169,11 @@ class TrainConfig(Settings):
     """What is learned: classes, or without labels what two views of an image share (contrastive),
     with a linear readout of the classes alongside."""
     dataset: str = "digits"
-    """Data set: digits, mnist, cifar10, tiny-imagenet, imagenet, a Hugging Face name, a folder."""
+    """Data set: digits, mnist, cifar10, tiny-imagenet, imagenet, a Hugging Face name, a folder; for
+    a gpt: text (of this Python), a file or folder of text, a Hugging Face name."""
     network: str = "mlp"
     """Network: logreg, mlp, cnn, or a LocalMixer: s/1/1, m/1/16, m/8/16, l/8/64, l/32/64, or
-    any other size/patches/groups of s, m or l."""
+    any other size/patches/groups of s, m or l; of texts, gpt/LAYERS/WIDTH[/HEADS]."""
     algorithm: str = "fg-w"
     """Algorithm: bp, fa, dfa, fg-w or fg-a; with local losses l-bp, l-fa, l-fg-w, l-fg-a; with
     greedy ones lg-bp, lg-fa, lg-fg-w, lg-fg-a."""
@@ -145,13 +187,6 @@ class TrainConfig(Settings):
     """Folder of the run. Default: a new one, runs/[contrastive-]DATASET-NETWORK-ALGORITHM-SEED."""
     data_dir: Path | None = None
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
-    label_column: str | None = None
-    """Column of the labels. Default: label, else the first of classes, or the only of integers."""
-    image_size: Count | None = None
-    """Height and width that images are cropped (to the square in the middle) and resized to.
-    Default: as they are; 224 for imagenet, if they differ in size."""
-    stream: bool = False
-    """Read parquet files in place, on this machine or the hub, and make no copy in the cache."""
     resume: bool = False
     """Continue the run in --out, or start it if there is none."""
     batch_size: Count = 64
@@ -159,19 +194,23 @@ class TrainConfig(Settings):
     accumulate: Count = 1
     """Parts that a batch is cut into, one after another, with their gradients averaged: for
     batches that do not fit in memory."""
-    normalise: bool = True
-    """Subtract the training images' mean and divide by their standard deviation, per channel."""
     eval_every: Count = 1
     """Epochs between evaluations on the test set."""
+    eval_steps: Count | None = None
+    """Steps between further evaluations; default: at the ends of epochs only."""
     log_every: Count | None = None
-    """Steps between further lines in metrics.jsonl; default: one line an epoch only."""
+    """Steps between further lines in metrics.jsonl; default: eval_steps, and else one line an
+    epoch only."""
     checkpoint_every: Positive = 30.0
     """Seconds between checkpoints."""
     keep_checkpoints: Count = 2
     """Checkpoints that are kept: the last, and others in case it gets damaged."""
 
-    augmentation: AugmentationSettings
-    sizes: NetworkSettings
+    data: Settings
+    """[`forwardgrad.training.ImageSettings`][] or [`forwardgrad.training.TextSettings`][]."""
+    sizes: Settings
+    """[`forwardgrad.training.NetworkSettings`][], or of texts
+    [`forwardgrad.training.DecoderSettings`][]."""
     optimisation: OptimizerSettings
     objective: AbstractObjective
     estimator: AbstractEstimator
@@ -190,11 +229,44 @@ class TrainConfig(Settings):
                 f"{self.task!r}, like {own}, got {(self.objective, self.estimator)}"
             )
         self._check_batch()
-        if self.task == "contrastive" and self.augmentation.augment == "none":
+        self._check_data()
+        if self.log_every and self.eval_steps and self.eval_steps % self.log_every:
+            raise InputError(
+                f"log_every (={self.log_every}) must divide eval_steps, which is {self.eval_steps}"
+            )
+
+    @property
+    def line_every(self) -> int | None:
+        """Steps between lines in metrics.jsonl, beside those of epochs."""
+        return self.log_every or self.eval_steps
+
+    def _check_data(self) -> None:
+        kinds = (
+            (TextSettings, DecoderSettings) if self.by_token else (ImageSettings, NetworkSettings)
+        )
+        if (type(self.data), type(self.sizes)) != kinds:
+            raise InputError(
+                f"data and sizes of network {self.network!r} must be "
+                f"{' and '.join(kind.__name__ for kind in kinds)}, got {self.data} and {self.sizes}"
+            )
+        if self.task == "supervised":
+            return
+        if isinstance(self.data, TextSettings):
+            raise InputError(
+                f"task 'contrastive' compares views of images, and network {self.network!r} reads "
+                "text"
+            )
+        assert isinstance(self.data, ImageSettings)
+        if self.data.augmentation.augment == "none":
             raise InputError(
                 "augment must not be 'none' with task 'contrastive': both views of an image would "
                 "be the same"
             )
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the network reads text."""
+        return reads_text(self.network)
 
     def _check_batch(self) -> None:
         if self.batch_size % self.accumulate:
@@ -214,6 +286,11 @@ class TrainConfig(Settings):
                 f"accumulate (={self.accumulate}) must be 1 with task 'contrastive': its loss "
                 "compares every image of a batch with all others, and is not a mean over parts"
             )
+
+
+def reads_text(network: str) -> bool:
+    """Whether a network of this name reads text."""
+    return gpt_size_of(network) is not None
 
 
 def _kinds(objective: AbstractObjective, estimator: AbstractEstimator) -> tuple[Any, ...]:
@@ -252,6 +329,9 @@ def checked(name: str, kind: Any, value: Any) -> Any:
         raise InputError(f"{name} must be {wanted}, got {value!r}") from error
 
 
+OF_TEXT = "gpt/2/128"
+"""A network of texts."""
+
 NOT_OF_THE_RESULT = ("out", "data_dir", "resume", "checkpoint_every", "keep_checkpoints")
 """Settings that may differ between a run and its continuation."""
 
@@ -285,20 +365,24 @@ def preset(
     task: Task = "supervised",
     network: str = "mlp",
     algorithm: str = "fg-w",
-    optimizer: Optimizer = "sgd",
+    optimizer: Optimizer | None = None,
 ) -> TrainConfig:
     """The defaults of all options, which depend on these."""
     objective, estimator = parts(algorithm, task)
-    suited = defaults(algorithm, network, task)
-    if optimizer not in WITH_MOMENTUM:
+    suited = {"optimizer": "sgd", **defaults(algorithm, network, task)}
+    if optimizer is not None:
+        suited["optimizer"] = optimizer
+    if suited["optimizer"] not in WITH_MOMENTUM:
         suited["momentum"] = 0.0
+    images = ImageSettings(augmentation=AugmentationSettings(augment=AUGMENTED[task]))
+    of_text = reads_text(network)
     config = TrainConfig(
         task=task,
         network=network,
         algorithm=algorithm,
-        augmentation=AugmentationSettings(augment=AUGMENTED[task]),
-        sizes=NetworkSettings(),
-        optimisation=OptimizerSettings(optimizer=optimizer, learning_rate=suited["learning_rate"]),
+        data=TextSettings() if of_text else images,
+        sizes=DecoderSettings() if of_text else NetworkSettings(),
+        optimisation=OptimizerSettings(learning_rate=suited["learning_rate"]),
         objective=objective,
         estimator=estimator,
     )
@@ -334,7 +418,7 @@ def fitting(**given: Any) -> TrainConfig:
 
 def _choices(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options among them that the others' defaults depend on."""
-    kinds = get_type_hints(preset)
+    kinds = {**get_type_hints(preset), "optimizer": Optimizer}
     del kinds["return"]
     return {k: checked(k, kind, given[k]) for k, kind in kinds.items() if k in given}
 
@@ -344,18 +428,31 @@ def check_names(names: Iterable[str], config: TrainConfig) -> None:
     for name in names:
         if name not in known():
             raise unknown_name("setting", name, known())
-        if name not in options_of(config):
+        if name in options_of(config):
+            continue
+        if name in _of_other_data(config):
+            reads = "text" if config.by_token else "images"
             raise InputError(
-                f"{name} is not a setting of algorithm {config.algorithm!r} for task "
-                f"{config.task!r}"
+                f"{name} is not a setting of network {config.network!r}, which reads {reads}"
             )
+        raise InputError(
+            f"{name} is not a setting of algorithm {config.algorithm!r} for task {config.task!r}"
+        )
+
+
+def _of_other_data(config: TrainConfig) -> set[str]:
+    """The options that only networks of the other kind of data have."""
+    other = preset(network=preset().network if config.by_token else OF_TEXT)
+    return {*options_of(other.data), *options_of(other.sizes)}
 
 
 @functools.cache
 def known() -> frozenset[str]:
     """The options that there are for one algorithm or another."""
     presets = (preset(task, algorithm=name) for task in get_args(Task) for name in ALGORITHMS)
-    return frozenset(name for config in presets for name in options_of(config))
+    return frozenset(
+        name for config in (*presets, preset(network=OF_TEXT)) for name in options_of(config)
+    )
 
 
 def not_default(config: TrainConfig) -> dict[str, Any]:
@@ -363,6 +460,9 @@ def not_default(config: TrainConfig) -> dict[str, Any]:
     given, first = options_of(config), options_of(preset())
     chosen = _choices(given)
     usual = {**options_of(preset(**chosen)), **{name: first[name] for name in chosen}}
+    # The one among them that depends on others itself.
+    del chosen["optimizer"]
+    usual["optimizer"] = options_of(preset(**chosen))["optimizer"]
     return {name: value for name, value in given.items() if value != usual[name]}
 
 

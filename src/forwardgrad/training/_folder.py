@@ -12,7 +12,8 @@ import filelock
 
 from forwardgrad._errors import InputError
 from forwardgrad._files import writing
-from forwardgrad.results import Measurement, Summary, read, read_lines
+from forwardgrad.data import Dataset, Text
+from forwardgrad.results import Measurement, Summary, read, read_lines, write
 from forwardgrad.training._config import (
     TrainConfig,
     differences,
@@ -21,7 +22,8 @@ from forwardgrad.training._config import (
 )
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-CHECKPOINTS, CURVES = "checkpoints", "curves.png"
+CHECKPOINTS, CURVES, SAMPLE = "checkpoints", "curves.png", "sample.txt"
+TEXT = "text.json"
 LOCK = ".lock"
 
 
@@ -151,6 +153,25 @@ def make_folder(config: TrainConfig, folder: Path) -> Path:
             if not new:
                 raise
             folder = _choose(config)
+
+
+def check_text(folder: Path, data: Dataset | Text, *, keeps: bool) -> None:
+    """Compare a run's text with the one that it had at its start, which `keeps` notes down.
+
+    **Raises:**
+
+    `InputError` if it is another text, or its tokens are others.
+    """
+    path = folder / TEXT
+    if not isinstance(data, Text):
+        return
+    if keeps and not lexists(path):
+        write(path, {"digest": data.digest})
+    if lexists(path) and read(path, dict[str, Any]).get("digest") != data.digest:
+        raise InputError(
+            f"the run in {folder} is of another text than {data.name!r} is now: its documents, its "
+            "tokenizer or, of 'text', the version of Python has changed"
+        )
 
 
 @contextlib.contextmanager

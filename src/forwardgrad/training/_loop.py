@@ -16,7 +16,8 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from forwardgrad._errors import InputError
-from forwardgrad._files import writing
+from forwardgrad._files import write_text, writing
+from forwardgrad.data import Dataset, Text
 from forwardgrad.results import Measurement, Summary, read_lines, save, write
 from forwardgrad.training._batches import Feed
 from forwardgrad.training._checkpoint import Checkpoints, Progressed
@@ -27,8 +28,10 @@ from forwardgrad.training._folder import (
     CONFIG,
     CURVES,
     METRICS,
+    SAMPLE,
     SUMMARY,
     Run,
+    check_text,
     find_folder,
     load_config,
     locked,
@@ -85,7 +88,7 @@ def fit(
         devices.check_equal({"the data set": digest(setup.data) if devices.processes > 1 else ""})
         with contextlib.ExitStack() as stack:
             folder, finished = devices.first(
-                lambda: _claim(config, folder, stack), tuple[Path, bool]
+                lambda: _claim(config, folder, setup.data, stack), tuple[Path, bool]
             )
             if finished:
                 return _finished(config, folder, devices)
@@ -110,7 +113,9 @@ def _look(config: TrainConfig) -> tuple[Path, bool]:
     return folder, finished is not None
 
 
-def _claim(config: TrainConfig, folder: Path, stack: contextlib.ExitStack) -> tuple[Path, bool]:
+def _claim(
+    config: TrainConfig, folder: Path, data: Dataset | Text, stack: contextlib.ExitStack
+) -> tuple[Path, bool]:
     """The folder made, and held as long as the stack; and whether the run in it is finished."""
     with writing(folder):
         folder = make_folder(config, folder)
@@ -119,6 +124,8 @@ def _claim(config: TrainConfig, folder: Path, stack: contextlib.ExitStack) -> tu
     _, finished = find_folder(dataclasses.replace(config, out=folder))
     if finished is None and not lexists(folder / CONFIG):
         write(folder / CONFIG, options_of(config))
+    if finished is None:
+        check_text(folder, data, keeps=True)
     return folder, finished is not None
 
 
@@ -142,7 +149,7 @@ def load_run(
     **Returns:**
 
     The settings, and the network: to be called on float images [batch, height, width, channels],
-    normalised as the settings say.
+    normalised as the settings say, or on tokens [batch, context].
 
     **Raises:**
 
@@ -165,6 +172,7 @@ def restored(folder: Path, data_dir: Path | str | None) -> tuple[TrainConfig, Se
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"folder {folder} holds no checkpoint yet")
     setup = Setup(config)
+    check_text(folder, setup.data, keeps=False)
     with contextlib.closing(Checkpoints(folder / CHECKPOINTS, reads=True)) as checkpoints:
         found = checkpoints.restore(setup.state)
     if found is None:
@@ -210,7 +218,9 @@ class _Session:
 
     def train(self) -> None:
         """Take the state to the last step."""
-        self.progress.start(self.step, self.setup.steps, self.setup.steps_per_epoch)
+        self.progress.start(
+            self.step, self.setup.steps, self.setup.steps_per_epoch, self.setup.tokens_per_step
+        )
         with StopRequest() as stop:
             for feed, start, end in self._chunks():
                 began = time.monotonic()
@@ -232,13 +242,17 @@ class _Session:
                     self._save()
 
     def finish(self) -> Run:
-        """Measure the final errors, and write the summary and the picture."""
+        """Measure the final errors, and write the sample, the picture and the summary."""
         self._save(wait=True)
-        train_error = self.setup.train_error(self.state.params)
-        summary = self.devices.first(lambda: self._write_summary(train_error), Summary)
+        train_error = self.setup.on_train(self.state.params).error
+        of_text = self.setup.on_validation
+        validation_loss = None if of_text is None else of_text(self.state.params).loss
+        summary = self.devices.first(
+            lambda: self._write_summary(train_error, validation_loss), Summary
+        )
         return Run(self.folder, self.config, tuple(self.lines), summary)
 
-    def _write_summary(self, train_error: float) -> Summary:
+    def _write_summary(self, train_error: float, validation_loss: float | None) -> Summary:
         config, lines = self.config, tuple(self.lines)
         assert lines[-1].test_error is not None
         assert lines[-1].loss is not None
@@ -251,8 +265,13 @@ class _Session:
             test_error=lines[-1].test_error,
             train_error=train_error,
             train_loss=lines[-1].loss,
+            test_loss=lines[-1].test_loss,
+            bits_per_character=lines[-1].bits_per_character,
+            validation_loss=validation_loss,
             seconds=self.seconds,
         )
+        if validation_loss is not None:
+            write_text(self.folder / SAMPLE, self.setup.sample(self.state.params))
         title = f"{config.algorithm}, {config.network}, {config.dataset}"
         save(curves(lines, title), self.folder / CURVES)
         # Last: a run is finished when its summary is there.
@@ -301,9 +320,8 @@ class _Session:
 
     def _steps_to_next_line(self) -> int:
         left = self.setup.steps - self.step
-        if self.config.log_every is None:
-            return left
-        return min(left, self.config.log_every - self.step % self.config.log_every)
+        every = self.config.line_every
+        return left if every is None else min(left, every - self.step % every)
 
     def _check_finite(self, losses: np.ndarray, count: int) -> None:
         steps = np.arange(self.step - count, self.step)
@@ -322,27 +340,38 @@ class _Session:
 
     def _report(self, losses: np.ndarray) -> None:
         position = (self.step - 1) % self.setup.steps_per_epoch + 1
-        every = self.config.log_every
+        every = self.config.line_every
         if every is not None and self.step % every == 0:
             count = min(every, self.setup.steps_per_epoch)
             recent = losses[np.arange(self.step - count, self.step) % self.setup.steps_per_epoch]
-            self._add("steps", loss=float(np.mean(recent)), learning_rate=self._rate())
+            evaluates = self.config.eval_steps and self.step % self.config.eval_steps == 0
+            tested = self._tested() if evaluates else {}
+            self._add("steps", loss=float(np.mean(recent)), learning_rate=self._rate(), **tested)
         if position == self.setup.steps_per_epoch or self.step == self.setup.steps:
             self._report_epoch(losses[:position], position)
         self.progress.update(self.step, float(np.mean(losses[:position])))
 
     def _report_epoch(self, losses: np.ndarray, position: int) -> None:
         wrong = int(np.sum(np.asarray(self.state.errors)[:position]))
-        epoch, test_error = -(-self.step // self.setup.steps_per_epoch), None
+        epoch, tested = -(-self.step // self.setup.steps_per_epoch), {}
         if epoch % self.config.eval_every == 0 or self.step == self.setup.steps:
-            self.progress.error = test_error = self.setup.test_error(self.state.params)
+            tested = self._tested()
         self._add(
             "epoch",
             loss=float(np.mean(losses)),
             learning_rate=self._rate(),
-            train_error=100.0 * wrong / (position * self.setup.examples_per_step),
-            test_error=test_error,
+            train_error=100.0 * wrong / (position * self.setup.predictions_per_step),
+            **tested,
         )
+
+    def _tested(self) -> dict[str, Any]:
+        """What the network makes of the test set now."""
+        error, loss = self.setup.on_test(self.state.params)
+        self.progress.measured, bits = f" error {error:.2f} %", None
+        if isinstance(self.setup.data, Text):
+            bits = self.setup.data.bits_per_character(loss)
+            self.progress.measured += f" {bits:.3f} bits/character"
+        return {"test_error": error, "test_loss": loss, "bits_per_character": bits}
 
     def _rate(self) -> float:
         return float(np.asarray(self.setup.learning_rate(self.step)))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import (
     Event,  # pyright: ignore[reportAttributeAccessIssue]
@@ -73,15 +74,28 @@ class Metrics:
 
 
 def curves(lines: Sequence[Measurement], title: str) -> Figure:
-    """Loss and error against the epoch."""
-    epochs = [line for line in lines if line.event == "epoch"]
-    figure, ((left, right),) = panels(1, 2, size=(9, 3.6))
-    left.plot([e.epoch for e in epochs], [e.loss for e in epochs])
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    for name, label in (("train_error", "training, during the epoch"), ("test_error", "test")):
-        points = [(e.epoch, getattr(e, name)) for e in epochs if getattr(e, name) is not None]
-        right.plot([x for x, _ in points], [y for _, y in points], label=label)
-    right.set(xlabel="epoch", ylabel="error (%)", ylim=(0, None))
-    right.legend()
+    """Loss and error against the epoch, and of a text the bits for each character."""
+    by_text = any(line.bits_per_character is not None for line in lines)
+    figure, (axes,) = panels(1, 3 if by_text else 2, size=(13.5 if by_text else 9, 3.6))
+    # Few epochs, as of a text, show little.
+    steps = [line for line in lines if line.event == "steps" and by_text]
+    _plot(axes[0], steps or [line for line in lines if line.event == "epoch"], "loss")
+    axes[0].set(ylabel="training loss", yscale="log")
+    _plot(axes[1], lines, "train_error", label="training, during the epoch")
+    _plot(axes[1], lines, "test_error", label="test")
+    axes[1].set(ylabel="error (%)", ylim=(0, None))
+    axes[1].legend()
+    if by_text:
+        _plot(axes[2], lines, "bits_per_character")
+        axes[2].set(ylabel="bits a character (test)")
+    for panel in axes:
+        panel.set(xlabel="epoch")
     figure.suptitle(title)
     return figure
+
+
+def _plot(panel: Axes, lines: Sequence[Measurement], name: str, **style: Any) -> None:
+    points = [(line.epoch, getattr(line, name)) for line in lines]
+    there = [(x, y) for x, y in points if y is not None]
+    # A single one has no line.
+    panel.plot(*zip(*there, strict=True), marker="o" if len(there) == 1 else "", **style)

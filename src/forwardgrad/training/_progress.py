@@ -20,7 +20,8 @@ class Progress:
     - `console`: where to.
     """
 
-    error: float | None = None
+    measured: str = ""
+    """What the last evaluation found."""
 
     def __init__(self, console: Console | None):
         self._console = console or Console(quiet=True)
@@ -50,18 +51,19 @@ class Progress:
         """A line of its own."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def start(self, step: int, steps: int, steps_per_epoch: int) -> None:
-        """Show the bar."""
+    def start(self, step: int, steps: int, steps_per_epoch: int, tokens: int | None = None) -> None:
+        """Show the bar, with steps a second, or with the tokens of a step the tokens a second."""
+        self._tokens = tokens
         self._per_epoch, self._epochs = steps_per_epoch, -(-steps // steps_per_epoch)
         self._task = self._bar.add_task("", total=steps, completed=step)
 
     def update(self, step: int, loss: float) -> None:
         """Show that `step` steps are done."""
         task = self._bar.tasks[0]
-        error = f" error {self.error:.2f} %" if self.error is not None else ""
-        rate = f" {task.speed:.0f}/s" if task.speed else ""
+        speed, tokens = task.speed or 0, self._tokens
+        rate = f" {speed * tokens:,.0f} tokens/s" if tokens else f" {speed:.0f}/s"
         epoch = -(-step // self._per_epoch)
-        line = f"epoch {epoch}/{self._epochs} loss {loss:.4g}{error}{rate}"
+        line = f"epoch {epoch}/{self._epochs} loss {loss:.4g}{self.measured}{rate * bool(speed)}"
         self._bar.update(self._task, completed=step, description=line)
         late = time.monotonic() - self._said >= PLAIN_SECONDS
         if not self._live and (late or step == task.total):

@@ -12,11 +12,24 @@ from jaxtyping import Array, PyTree
 
 from forwardgrad._errors import MOST, InputError
 from forwardgrad._losses import Losses
-from forwardgrad.data import Dataset, ResidentSplit, load
+from forwardgrad.data import Dataset, ResidentSplit, Text, load, load_text
+from forwardgrad.data._text import holds_text
 from forwardgrad.estimators import AbstractEstimator
-from forwardgrad.networks import AbstractNetwork, build
-from forwardgrad.training._batches import make_error, make_feeds, make_inputs
-from forwardgrad.training._config import TrainConfig
+from forwardgrad.networks import AbstractNetwork, build, continuation
+from forwardgrad.training._batches import (
+    BATCH,
+    MOST_OUTPUTS,
+    make_evaluation,
+    make_feeds,
+    make_inputs,
+)
+from forwardgrad.training._config import (
+    DecoderSettings,
+    ImageSettings,
+    NetworkSettings,
+    TextSettings,
+    TrainConfig,
+)
 from forwardgrad.training._devices import ONE, Devices
 from forwardgrad.training._state import Loss, initial_state, make_advance, slow_in_loops
 
@@ -78,8 +91,14 @@ def _matrices(params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
+SAMPLE_TOKENS = 300
+"""How far a network of texts goes on in a sample."""
+
 TRAIN_ERROR_EXAMPLES = 10_000
 """How many examples of the training set its error is measured on at the end of a run."""
+
+TRAIN_ERROR_TOKENS = 100_000
+"""The same for a text."""
 
 
 class Setup:
@@ -95,13 +114,7 @@ class Setup:
         _check_divides(config, devices)
         seed = jax.random.key(config.seed)
         weights_key, order_key, step_key = jax.random.split(seed, 3)
-        self.data = load(
-            config.dataset,
-            config.data_dir,
-            label_column=config.label_column,
-            image_size=config.image_size,
-            stream=config.stream,
-        )
+        self.data = load_data(config)
         network = build_network(config, self.data, weights_key)
         params, self._static = eqx.partition(network, eqx.is_inexact_array)
         self.objective, self.estimator = config.objective, config.estimator
@@ -109,7 +122,14 @@ class Setup:
 
         self.feeds = make_feeds(self.data.train, config.batch_size, order_key, config.seed, devices)
         self.steps_per_epoch = len(self.data.train) // config.batch_size
-        self.examples_per_step = config.batch_size * self.inputs.views
+        self.predictions_per_step = config.batch_size * self.inputs.views
+        self.tokens_per_step = None
+        batch, limit = BATCH, TRAIN_ERROR_EXAMPLES
+        if isinstance(self.data, Text):
+            context = self.data.context
+            self.tokens_per_step = self.predictions_per_step = config.batch_size * context
+            batch = max(1, min(BATCH, MOST_OUTPUTS // (context * len(self.data.vocabulary))))
+            limit = -(-TRAIN_ERROR_TOKENS // context)
         self.keys = (jax.random.fold_in(seed, 0), step_key)
         self.steps = config.iterations or config.epochs * self.steps_per_epoch
         if self.steps > MOST:
@@ -129,10 +149,16 @@ class Setup:
             compiled_loop=not slow_in_loops(self._on_batch, params, step_key),
             devices=devices,
         )
-        self.test_error = make_error(self.predict, self.data.test, devices=devices)
-        self.train_error = make_error(
-            self.predict, self.data.train, TRAIN_ERROR_EXAMPLES, devices=devices
+        self.on_test = make_evaluation(self.predict, self.data.test, batch=batch, devices=devices)
+        self.on_train = make_evaluation(
+            self.predict, self.data.train, limit, batch, devices=devices
         )
+        self.on_validation = None
+        if isinstance(self.data, Text):
+            self.on_validation = make_evaluation(
+                self.predict, self.data.validation, batch=batch, devices=devices
+            )
+        self._sample_key = jax.random.fold_in(seed, 1)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
 
     def network(self, params: PyTree) -> AbstractNetwork:
@@ -140,17 +166,30 @@ class Setup:
         return eqx.combine(params, self._static)
 
     def loss(self, params: PyTree, x: Array, labels: Array) -> tuple[Losses, dict[str, Array]]:
-        """What is learned, of images as a network gets them."""
+        """What is learned, of examples as a network gets them."""
         return self.objective(self.network(params), x, labels)
 
-    def predict(self, params: PyTree, images: Array) -> Array:
-        """The logits of images as they are stored."""
-        return self.network(params)(self.inputs.plain(images))
+    def predict(self, params: PyTree, examples: Array) -> Array:
+        """The logits of examples as they are stored."""
+        return self.network(params)(self.inputs.plain(examples))
+
+    def sample(self, params: PyTree) -> str:
+        """The beginning of the test text, and how a network of texts goes on from there."""
+        assert isinstance(self.data, Text)
+        (prompt,), _ = self.data.test.take(np.zeros(1, int))
+        # Of this process alone, where there are several.
+        params = jax.tree.map(np.asarray, params)
+        drawn = jax.jit(
+            lambda params, prompt: continuation(
+                self.network(params), prompt, SAMPLE_TOKENS, self._sample_key
+            )
+        )(params, prompt)
+        return self.data.vocabulary.decode(np.append(prompt, drawn))
 
     def _on_batch(self, params: PyTree, key: Array) -> tuple[Losses, dict[str, Array]]:
-        """The loss of a batch of two black images."""
-        images = jnp.zeros((2, *self.data.image_shape), jnp.uint8)
-        return self.loss(params, *self.inputs.training(images, jnp.zeros(2, jnp.int32), key))
+        """The loss of a batch of two examples."""
+        examples, labels = map(jnp.asarray, self.data.train.take(np.zeros(2, int)))
+        return self.loss(params, *self.inputs.training(examples, labels, key))
 
 
 def _check_divides(config: TrainConfig, devices: Devices) -> None:
@@ -163,9 +202,45 @@ def _check_divides(config: TrainConfig, devices: Devices) -> None:
         )
 
 
-def build_network(config: TrainConfig, data: Dataset, key: Array) -> AbstractNetwork:
-    """The network of the settings, for the images and classes of a data set."""
+def load_data(config: TrainConfig) -> Dataset | Text:
+    """The data set of the settings, of the kind that the network is for."""
+    where, settings = (config.dataset, config.data_dir), config.data
+    if isinstance(settings, TextSettings):
+        return load_text(
+            *where,
+            text_column=settings.text_column,
+            tokenizer=settings.tokenizer,
+            context=settings.context,
+        )
+    if holds_text(config.dataset):
+        raise InputError(
+            f"dataset {config.dataset!r} is text, and network {config.network!r} takes images; "
+            "networks of text are called gpt/LAYERS/WIDTH"
+        )
+    assert isinstance(settings, ImageSettings)
+    return load(
+        *where,
+        label_column=settings.label_column,
+        image_size=settings.image_size,
+        stream=settings.stream,
+    )
+
+
+def build_network(config: TrainConfig, data: Dataset | Text, key: Array) -> AbstractNetwork:
+    """The network of the settings, for the images and classes of a data set, or for a text."""
     objective, sizes = config.objective, config.sizes
+    if isinstance(data, Text):
+        assert isinstance(sizes, DecoderSettings)
+        return build(
+            config.network,
+            context=data.context,
+            classes=len(data.vocabulary),
+            key=key,
+            heads=objective.needs_heads,
+            positions=sizes.positions,
+            tied=sizes.tied,
+        )
+    assert isinstance(sizes, NetworkSettings)
     return build(
         config.network,
         image_shape=data.image_shape,
@@ -186,7 +261,7 @@ class Problem(NamedTuple):
     - `loss`: `loss(params, *batch) -> (losses, aux)`, the run's objective.
     - `params`: the arrays among the network's fields.
     - `batch`: images [batch, height, width, channels] as the network gets them, augmented, in two
-        views in contrastive learning; and labels.
+        views in contrastive learning; and labels. Or tokens [batch, context], and what follows.
     - `estimator`: what estimates the loss's gradient.
     """
 
@@ -245,8 +320,10 @@ DIGEST_EXAMPLES = 256
 """How many examples of a streamed split stand for all."""
 
 
-def digest(data: Dataset) -> str:
+def digest(data: Dataset | Text) -> str:
     """A number of a data set's contents: all of a split in memory, a sample of one on disk."""
+    if isinstance(data, Text):
+        return data.digest
     found = hashlib.blake2b(digest_size=8)
     found.update(repr((data.image_shape, data.classes, data.mean.tolist())).encode())
     for split in (data.train, data.test):

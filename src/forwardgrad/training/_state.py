@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from forwardgrad._losses import Losses
 from forwardgrad._value_and_grad import value_and_grad
 from forwardgrad.estimators import AbstractEstimator
-from forwardgrad.training._batches import Feed, Inputs
+from forwardgrad.training._batches import AbstractInputs, Feed
 from forwardgrad.training._devices import ONE, Devices
 
 
@@ -28,7 +28,7 @@ class TrainState(eqx.Module):
 
 
 Loss = Callable[[PyTree, Array, Array], tuple[Losses, dict[str, Array]]]
-"""`(params, images, labels) -> (losses, {"errors": count})`, of images as a network gets them."""
+"""`(params, examples, labels) -> (losses, {"errors": count})`, as a network gets them."""
 
 
 def initial_state(
@@ -50,7 +50,7 @@ Advance = Callable[[TrainState, Feed, int, int], TrainState]
 
 def make_advance(
     loss: Loss,
-    inputs: Inputs,
+    inputs: AbstractInputs,
     estimator: AbstractEstimator,
     optimiser: optax.GradientTransformation,
     keys: tuple[Key[Array, ""], Key[Array, ""]],
@@ -75,9 +75,9 @@ def make_advance(
     """
     gradient = value_and_grad(loss, estimator, has_aux=True)
 
-    def of_part(params: PyTree, images: Array, labels: Array, keys: Sequence[Array]):
+    def of_part(params: PyTree, examples: Array, labels: Array, keys: Sequence[Array]):
         (value, aux), grads = gradient(
-            params, *inputs.training(images, labels, keys[0]), key=keys[1]
+            params, *inputs.training(examples, labels, keys[0]), key=keys[1]
         )
         return value, aux["errors"], grads
 
@@ -106,13 +106,13 @@ def make_advance(
 def _in_parts(of_part: Callable, parts: int, devices: Devices, *, unroll: bool) -> Callable:
     """Loss, errors and gradient of a batch, a mean over examples, from those of its parts."""
 
-    def of_batch(params: PyTree, images: Array, labels: Array, keys: Sequence[Array]):
+    def of_batch(params: PyTree, examples: Array, labels: Array, keys: Sequence[Array]):
         def add(total, part):
-            i, images, labels = part
+            i, examples, labels = part
             own = [jax.random.fold_in(key, i) for key in keys]
-            return jax.tree.map(jnp.add, total, of_part(params, images, labels, own)), None
+            return jax.tree.map(jnp.add, total, of_part(params, examples, labels, own)), None
 
-        cut = [a.reshape(parts, -1, *a.shape[1:]) for a in (images, labels)]
+        cut = [a.reshape(parts, -1, *a.shape[1:]) for a in (examples, labels)]
         cut = devices.keep_cut(cut, axis=1)
         like = jax.eval_shape(of_part, params, *[a[0] for a in cut], keys)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)

@@ -1,0 +1,30 @@
+"""Normalisation without learned scale."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from forwardgrad.networks._mean import mean
+
+EPSILON = 1e-5
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def normalise(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """`x` with mean zero and variance one along an axis."""
+    return _normalised(x, axis)[0]
+
+
+def _normalised(x: Array, axis: int) -> tuple[Array, Array]:
+    centred = x - mean(x, axis)
+    scale = jax.lax.rsqrt(mean(centred**2, axis) + EPSILON)
+    return centred * scale, scale
+
+
+@normalise.defjvp
+def _normalise_jvp(axis, primals, tangents):
+    # In terms of the output, which is there anyway, instead of three intermediate results.
+    (x,), (dx,) = primals, tangents
+    y, scale = _normalised(x, axis)
+    return y, scale * (dx - mean(dx, axis) - y * mean(y * dx, axis))
