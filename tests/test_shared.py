@@ -24,8 +24,8 @@ def test_what_does_not_depend_on_the_argument_is_computed_once():
     # Two tangents' products for each call; the two of the primal were computed before.
     assert sum(eqn.primitive.name == "dot_general" for eqn in calls.jaxpr.eqns) == 6
     assert function.largest == x.nbytes
-    # JAX computes the slope of tanh from two arrays, and there are two layers.
-    assert function.kept == 4 * x.nbytes
+    # The slopes of two layers, each computed from one array or two, by the version of JAX.
+    assert function.kept in (2 * x.nbytes, 4 * x.nbytes)
     assert function.depends == (False, True)
     for k in (0.0, 0.5):
         for own, expected in zip(call(jnp.float32(k)), bent(x, k), strict=True):
