@@ -1,5 +1,6 @@
 """A run made ready: data, network, objective, estimator and optimiser put together."""
 
+import functools
 import hashlib
 from typing import NamedTuple
 
@@ -229,26 +230,17 @@ def load_data(config: TrainConfig) -> Dataset | Text:
 def build_network(config: TrainConfig, data: Dataset | Text, key: Array) -> AbstractNetwork:
     """The network of the settings, for the images and classes of a data set, or for a text."""
     objective, sizes = config.objective, config.sizes
+    named = functools.partial(build, config.network, key=key, heads=objective.needs_heads)
     if isinstance(data, Text):
         assert isinstance(sizes, DecoderSettings)
-        return build(
-            config.network,
-            context=data.context,
-            classes=len(data.vocabulary),
-            key=key,
-            heads=objective.needs_heads,
-            positions=sizes.positions,
-            tied=sizes.tied,
-        )
+        classes, positions, tied = len(data.vocabulary), sizes.positions, sizes.tied
+        return named(classes=classes, context=data.context, positions=positions, tied=tied)
     assert isinstance(sizes, NetworkSettings)
-    return build(
-        config.network,
+    return named(
         image_shape=data.image_shape,
         classes=len(data.classes),
-        key=key,
         width=sizes.width,
         depth=sizes.depth,
-        heads=objective.needs_heads,
         projection=None if objective.task.uses_labels else sizes.projection,
     )
 
