@@ -185,7 +185,8 @@ def _with_shared(
     reverse: bool,
 ) -> tuple[Any, Any] | None:
     """The same in chunks that share what does not depend on the tangents; None if it is no gain."""
-    if chunk is not None and chunk >= count:
+    # Elsewhere than on a CPU all of them at once is what is fast.
+    if jax.default_backend() != "cpu" if chunk is None else chunk >= count:
         return None
     function = shared(along, jax.tree.map(lambda a: a[0], tangents), fixed=reverse)
     # Where what is computed once comes out of a loop with tangents in it, nothing can be shared.
@@ -193,8 +194,6 @@ def _with_shared(
         return None
     size = function.largest
     if chunk is None:
-        if jax.default_backend() != "cpu":
-            return None
         chunk = min(count, max(1, CACHE // max(1, size)))
     # An operation has its input and its output, each of them once for every tangent at a time.
     dear = function.kept > 2 * (count - chunk) * size

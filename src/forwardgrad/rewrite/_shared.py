@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
+from forwardgrad.rewrite._stages import variables
 from forwardgrad.rewrite._trace import INFO, inline
 
 
@@ -42,12 +43,12 @@ def shared(function: Callable[[Any], Any], like: Any, *, fixed: bool) -> Shared 
         return None
     own, early, late = set(jaxpr.invars), [], []
     for eqn in jaxpr.eqns:
-        depends = not own.isdisjoint(_variables(eqn.invars))
+        depends = not own.isdisjoint(variables(eqn.invars))
         (late if depends else early).append(eqn)
         own.update(eqn.outvars if depends else ())
     # In the program's order: a set's order would differ from process to process.
-    needed = dict.fromkeys(v for eqn in late for v in _variables(eqn.invars) if v not in own)
-    outs = _variables(jaxpr.outvars)
+    needed = dict.fromkeys(v for eqn in late for v in variables(eqn.invars) if v not in own)
+    outs = variables(jaxpr.outvars)
     given = dict(zip(jaxpr.constvars, closed.consts, strict=True))
 
     def start() -> Callable[[Any], Any]:
@@ -80,10 +81,6 @@ def _run(
     made = list(dict.fromkeys(v for v in wanted if v not in given))
     jaxpr = Jaxpr((), [*given], made, list(eqns), frozenset(), INFO)
     return dict(zip(made, jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*given.values()), strict=True))
-
-
-def _variables(atoms: Iterable[Any]) -> list[Var]:
-    return [atom for atom in atoms if isinstance(atom, Var)]
 
 
 def _bytes(v: Var) -> int:

@@ -59,14 +59,14 @@ def stages(jaxpr: Jaxpr, influence: Influence) -> list[Stage]:
     - `influence`: which terms of the losses its variables can change.
     """
     bounds = [0, *_cuts(jaxpr, influence), len(jaxpr.eqns)]
-    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
-    last_use |= {v: len(jaxpr.eqns) for v in _variables(jaxpr.outvars)}
+    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in variables(eqn.invars)}
+    last_use |= {v: len(jaxpr.eqns) for v in variables(jaxpr.outvars)}
     parts = []
     for start, stop in itertools.pairwise(bounds):
         eqns = jaxpr.eqns[start:stop]
         defined = list(dict.fromkeys(v for eqn in eqns for v in eqn.outvars))
         writes = [v for v in defined if last_use.get(v, 0) >= stop]
-        used = dict.fromkeys(v for eqn in eqns for v in _variables(eqn.invars))
+        used = dict.fromkeys(v for eqn in eqns for v in variables(eqn.invars))
         if stop == len(jaxpr.eqns):
             writes += [v for v in jaxpr.invars if last_use.get(v) == stop]
             used |= dict.fromkeys(writes)
@@ -87,7 +87,7 @@ def _cuts(jaxpr: Jaxpr, influence: Influence) -> list[int]:
     for i, eqn in enumerate(jaxpr.eqns):
         if any(map(is_ref, eqn.outvars)):  # who reads it, and when, is not followed
             return []
-        inputs = [v for v in _variables(eqn.invars) if v in moving]
+        inputs = [v for v in variables(eqn.invars) if v in moving]
         if eqn.primitive.name == "stop_gradient":
             candidates += [i] if inputs else []
             continue
@@ -99,7 +99,8 @@ def _cuts(jaxpr: Jaxpr, influence: Influence) -> list[int]:
     return [i for i in candidates if i not in crossed and i - 1 not in candidates and i > 0]
 
 
-def _variables(atoms: Iterable[object]) -> list[Var]:
+def variables(atoms: Iterable[object]) -> list[Var]:
+    """Those of some inputs or outputs that are no constants."""
     return [atom for atom in atoms if isinstance(atom, Var)]
 
 
