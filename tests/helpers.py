@@ -4,7 +4,11 @@ A new estimator gets one row in `ESTIMATORS`; a new kind of model one in `PROBLE
 """
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -179,3 +183,15 @@ def directional(
         for layout, arrays, leaf in zip(chosen, factors, program.leaves, strict=True)
     ]
     return Directional(value, derivatives, program.treedef.unflatten(built))
+
+
+def run_on_eight_devices(script: str, *words: str) -> None:
+    """Run one of the scripts beside this one in a process that has eight devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name(script), *words],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr

@@ -17,6 +17,7 @@ import pytest
 import forwardgrad as fg
 from forwardgrad.networks import LocalMixer, Size, build
 from forwardgrad.objectives import LocalLoss
+from helpers import run_on_eight_devices
 from pipelines import SCENARIOS, Block, Head, loss, own_stack
 
 X, Y = jnp.ones((4, 3)), jnp.zeros((4, 3))
@@ -47,14 +48,7 @@ def raises(match):
 def test_devices_do_not_matter(names):
     """A plain loop on one device has the same weights bit for bit, with four estimators."""
     assert set(SCENARIOS) == {"on_devices", "eight_stages", "moved"}
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("pipelines.py"), *names],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert not done.returncode, done.stderr
+    run_on_eight_devices("pipelines.py", *names)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import run_on_eight_devices
 from workers import SCENARIOS
 
 
@@ -15,14 +16,7 @@ from workers import SCENARIOS
 @pytest.mark.parametrize("names", [[*SCENARIOS][i::3] for i in range(3)], ids=", ".join)
 def test_workers_have_the_gradient_of_one_device(names):
     """In processes that have eight devices; a few scenarios each, for a start takes seconds."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("workers.py"), *names],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert not done.returncode, done.stderr
+    run_on_eight_devices("workers.py", *names)
 
 
 @pytest.mark.slow
