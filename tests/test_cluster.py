@@ -58,9 +58,8 @@ def test_pods_find_each_other():
 @pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
 def test_options_exist(kind):
     if kind == "slurm":
-        read_options(of_slurm()[:-5] + of_slurm()[-3:])
+        read_options(of_slurm())
     else:
         _, _, container, _ = of_kubernetes()
         assert container["command"] == ["forwardgrad", "train"]
-        places = ("--coordinator", "--processes", "--process-id", "--join-seconds")
-        read_options([a for a in container["args"] if not a.startswith(places)])
+        read_options([a.replace("$(PROCESS)", "0") for a in container["args"]])
