@@ -3,15 +3,16 @@
     python benchmarks/pipeline.py --repeats 5 --out results/benchmarks/pipeline.json \
         --figure docs/images/pipeline.png
 
-Devices are simulated on this machine, each with one thread. Utilisation is the share of the time
-between the first stage's start and the last one's end in which a device works, over all devices.
+Devices are simulated on this machine. Utilisation is the share of the time between the first
+stage's start and the last one's end in which a device works, over all devices.
 
 - Ideal: M / (M + S - 1), for M micro-batches through S equal stages.
 - Computed: each stage's step is timed by itself, on its own micro-batch; then these times, or the
   operations that XLA counts in place of them, are put into the schedule. Handing over takes no
   time there. The times are those of the processor, to which it matters little what else runs.
-- Measured: the pipeline as it runs, by the clock, where there is a core for each device; the time
-  of one stage divided by the number of stages and their time. The shortest of the repeats counts.
+- Measured: the pipeline as it runs, by the clock, where there is a core for each device (on Linux);
+  the time of one stage on one core, divided by the number of stages and their time on as many
+  cores. The shortest of the repeats counts.
 """
 
 import dataclasses
@@ -44,6 +45,9 @@ BLOCKS = 8
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RUN = 32
 """Micro-batches of the table, and of what is measured."""
+
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+"""Those that this process may use, where it can say so."""
 
 SEED = 0
 OPTIMISER = optax.sgd(1e-3)
@@ -161,6 +165,7 @@ def together(
         keys = list(jax.random.split(jax.random.key(SEED), RUN))
 
         def run():
+            use_cores(count)
             began = time.thread_time()
             for key in keys:
                 _, _, holder[0] = pipeline.step(holder[0], *problem.batch, key=key)
@@ -173,10 +178,18 @@ def together(
     return {count: (min(seconds[str(count)]), median(handing[count])) for count in counts}
 
 
+def use_cores(count: int) -> None:
+    """Leave so many cores to this process.
+
+    The devices of a process share its threads, and one device alone would use them all.
+    """
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), CORES[:count])
+
+
 def compare(problem: Problem, repeats: int) -> dict[str, Any]:
     """What the table and the figure show, for each number of stages."""
-    cores = os.cpu_count() or 1
-    took = together(problem, [count for count in STAGES if count <= cores], repeats)
+    took = together(problem, [count for count in STAGES if count <= len(CORES)], repeats)
     rows = {}
     for count in STAGES:
         seconds, flops = alone(problem, count, repeats)
@@ -233,8 +246,6 @@ CASES = {"8 equal blocks of 1024 units": stack, "LocalMixer m/8/16, 8 blocks": l
 
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
-    # One thread a device, so that two stages may use two cores, and one stage may not.
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     jax.config.update("jax_num_cpu_devices", max(STAGES))
     header = {"seed": SEED, "estimator": repr(ESTIMATOR), "micro_batches": RUN}
     results = measure.run("pipeline", CASES, options, compare, table_of, **header)

@@ -15,7 +15,7 @@ from test_tokens import STREAM, errors_of, in_turn, made, residual
 
 X = jax.random.normal(jax.random.key(0), (6, 4))
 KEYS = jax.random.split(jax.random.key(1), 800)
-NP = fg.NodePerturbation(step=1e-3)
+NP = fg.NodePerturbation(sigma=1e-3)
 
 
 def weights(scale=1.0, width=5):

@@ -103,7 +103,7 @@ def test_becomes_activity_perturbation(case):
     fun, shapes = CASES[case]
     with jax.enable_x64(True):
         w = [p.astype(jnp.float64) for p in params(*shapes)]
-        node = fg.NodePerturbation(tangents=3, step=1e-6, chunk=2)
+        node = fg.NodePerturbation(tangents=3, sigma=1e-6, chunk=2)
         activity = fg.ActivityPerturbation(tangents=3)
         (value, got), (_, wanted) = jax.jit(
             lambda w: [fg.value_and_grad(fun, e)(w, key=KEY) for e in (node, activity)]
@@ -125,7 +125,7 @@ def test_is_the_formula():
     def change(noise):
         return (losses(w, h * noise).terms[0] - losses(w).terms[0]) / h
 
-    credit = fg.value_and_grad(losses, fg.NodePerturbation(step=h))(w, key=KEY)[1][0]
+    credit = fg.value_and_grad(losses, fg.NodePerturbation(sigma=h))(w, key=KEY)[1][0]
     signs = jnp.sign(credit)  # those of the noise, or all of them turned round
     either = [np.abs(credit - change(s * signs)[:, None] * s * signs).max(1) for s in (1, -1)]
     np.testing.assert_array_less(np.minimum(*either), 1e-5)
@@ -158,7 +158,7 @@ def test_is_right_where_a_loss_splits_up_its_derivative(objective, size):
         return objective(eqx.combine(w, static), images, labels)[0]
 
     exact = fg.value_and_grad(fun, fg.Backpropagation())(weights)[1]
-    estimate = fg.value_and_grad(fun, fg.NodePerturbation(tangents=8, step=0.02))
+    estimate = fg.value_and_grad(fun, fg.NodePerturbation(tangents=8, sigma=0.02))
 
     def projected(_, key):
         """One estimate's share of the exact gradient, for every array of weights."""
@@ -189,10 +189,10 @@ def test_chunks_change_nothing():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("step", [0.0, -1.0, float("nan"), float("inf")])
-def test_step_must_be_positive(step):
-    with pytest.raises(fg.InputError, match="step must be positive and finite, got"):
-        fg.NodePerturbation(step=step)
+@pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan"), float("inf")])
+def test_sigma_must_be_positive(sigma):
+    with pytest.raises(fg.InputError, match="sigma must be positive and finite, got"):
+        fg.NodePerturbation(sigma=sigma)
 
 
 def test_refuses_effects():

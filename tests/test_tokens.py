@@ -126,7 +126,7 @@ def test_the_mean_of_the_estimates_is_the_gradient(name):
 
 @pytest.mark.parametrize("name", ["NNX, own attention", "Equinox", "Mamba"])
 def test_the_mean_of_finite_differences_is_near_the_gradient(name):
-    found = errors(name, fg.NodePerturbation(step=1e-7), "float64")
+    found = errors(name, fg.NodePerturbation(sigma=1e-7), "float64")
     assert max(found.values()) < 1e-4, found
 
 
@@ -190,7 +190,7 @@ def test_one_step_of_reverse_mode_has_no_bias(name):
 
 
 def test_one_step_of_reverse_mode_has_no_bias_by_finite_differences():
-    found = errors("Equinox", fg.NodePerturbation(step=1e-7, exact_mixing=True), "float64")
+    found = errors("Equinox", fg.NodePerturbation(sigma=1e-7, exact_mixing=True), "float64")
     assert max(found.values()) < 1e-4, found
 
 
@@ -384,7 +384,7 @@ def test_with_the_direct_part_exact_the_mean_is_the_gradient(name):
 
 
 def test_with_the_direct_part_exact_the_mean_of_differences_is_near_the_gradient():
-    found = errors("Equinox", fg.NodePerturbation(step=1e-7, exact_direct=True), "float64")
+    found = errors("Equinox", fg.NodePerturbation(sigma=1e-7, exact_direct=True), "float64")
     assert max(found.values()) < 1e-4, found
 
 

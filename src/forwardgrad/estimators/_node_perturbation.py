@@ -22,13 +22,13 @@ class NodePerturbation(AbstractPerturbedActivities):
 
     Noise is added to every activation $z$, and multiplied by the change of the losses:
 
-    $$\hat g_z = \frac1K \sum_{k=1}^K \frac{L(z + h u_k) - L(z)}{h}\, u_k, \qquad
+    $$\hat g_z = \frac1K \sum_{k=1}^K \frac{L(z + \sigma u_k) - L(z)}{\sigma}\, u_k, \qquad
     \hat g_W = \hat g_z^\top \frac{\partial z}{\partial W}.$$
 
-    As h goes to zero this becomes `ActivityPerturbation`, with the same activations, the same
+    As $\sigma$ goes to zero this becomes `ActivityPerturbation`, with the same activations, the same
     steering by the losses that an activation can change, and the same variance. The bias is of
-    order $h^2$ where the losses are smooth, and of order $h$ near a kink. The error by rounding is
-    of order $\varepsilon L / h$, with $\varepsilon$ the precision of the losses' type.
+    order $\sigma^2$ where the losses are smooth, and of order $\sigma$ near a kink. The error by rounding is
+    of order $\varepsilon L / \sigma$, with $\varepsilon$ the precision of the losses' type.
 
     Only each layer's product with its input is differentiated, and the last layer. But derivatives
     still say which losses an activation can change, and the last layer gets its exact gradient. So
@@ -44,7 +44,7 @@ class NodePerturbation(AbstractPerturbedActivities):
     **Arguments:**
 
     - `tangents`: K, the number of evaluations with noise.
-    - `step`: h, the size of the noise, in the activations' own units.
+    - `sigma`: the size of the noise, in the activations' own units.
     - `distribution`: of the noise's entries: `"rademacher"`, `"normal"`, or `"sphere"`.
     - `chunk`: how many of them are evaluated at a time; all by default. Each chunk has one
         evaluation more, without noise.
@@ -74,7 +74,7 @@ class NodePerturbation(AbstractPerturbedActivities):
     """
 
     tangents: int = 1
-    step: float = 1e-2
+    sigma: float = 1e-2
     distribution: Distribution = "rademacher"
     chunk: int | None = None
     mixing: Mixing = "all"
@@ -82,8 +82,8 @@ class NodePerturbation(AbstractPerturbedActivities):
     exact_direct: bool = False
 
     def __check_init__(self):
-        if not 0 < self.step < float("inf"):
-            raise InputError(f"step must be positive and finite, got {self.step!r}")
+        if not 0 < self.sigma < float("inf"):
+            raise InputError(f"sigma must be positive and finite, got {self.sigma!r}")
 
     def _program(self, fun: Objective, params: PyTree[Array]) -> Program:
         # Values alone count: a loss that splits up its derivative is seen through.
@@ -94,7 +94,7 @@ class NodePerturbation(AbstractPerturbedActivities):
 
     def _changes(self, evaluate: Evaluate, program: Program) -> tuple[Any, list[Array]]:
         def lane(k):
-            eps, k = jnp.where(k < 0, 0.0, self.step), jnp.maximum(k, 0)
+            eps, k = jnp.where(k < 0, 0.0, self.sigma), jnp.maximum(k, 0)
             losses, _ = evaluate(eps, k, _first)
             if self.exact_direct:
                 direct, _ = evaluate(eps, k, _first, apart=True)
@@ -104,7 +104,7 @@ class NodePerturbation(AbstractPerturbedActivities):
         def differences(tangents):
             lanes = jnp.concatenate([jnp.array([-1]), tangents])
             values = _at_once(lane, lanes, program)
-            return [(v[1:] - v[0]) / self.step for v in values]
+            return [(v[1:] - v[0]) / self.sigma for v in values]
 
         _, rest = evaluate(None, 0)
         chunk = min(self.chunk or self.tangents, self.tangents)

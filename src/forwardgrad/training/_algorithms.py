@@ -10,6 +10,7 @@ from forwardgrad.estimators import (
     Backpropagation,
     DirectFeedbackAlignment,
     FeedbackAlignment,
+    NodePerturbation,
     WeightPerturbation,
 )
 from forwardgrad.networks import gpt_size_of, size_of
@@ -76,6 +77,12 @@ ESTIMATORS: dict[str, Estimation] = {
     ),
     "fg-a": Estimation(
         ActivityPerturbation(tangents=4),
+        {"learning_rate": 1e-3, "momentum": 0.9},
+        {"learning_rate": 0.03},
+        {"learning_rate": 0.05, "tangents": 1},
+    ),
+    "np": Estimation(
+        NodePerturbation(tangents=4),
         {"learning_rate": 1e-3, "momentum": 0.9},
         {"learning_rate": 0.03},
         {"learning_rate": 0.05, "tangents": 1},

@@ -175,8 +175,8 @@ class TrainConfig(Settings):
     """Network: logreg, mlp, cnn, or a LocalMixer: s/1/1, m/1/16, m/8/16, l/8/64, l/32/64, or
     any other size/patches/groups of s, m or l; of texts, gpt/LAYERS/WIDTH[/HEADS]."""
     algorithm: str = "fg-w"
-    """Algorithm: bp, fa, dfa, fg-w or fg-a; with local losses l-bp, l-fa, l-fg-w, l-fg-a; with
-    greedy ones lg-bp, lg-fa, lg-fg-w, lg-fg-a."""
+    """Algorithm: bp, fa, dfa, fg-w, fg-a or np; with local losses l-bp, l-fa, l-fg-w, l-fg-a, l-np;
+    with greedy ones lg-bp, lg-fa, lg-fg-w, lg-fg-a, lg-np."""
     epochs: Count = 100
     """Passes over the training set. The last, incomplete batch of each is left out."""
     iterations: Count | None = None
