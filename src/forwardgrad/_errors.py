@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class DivergedError(InputError):
+    """A run whose loss or parameters are not finite any more."""
+
+
 def with_article(name: str) -> str:
     """A name with its article.
 

@@ -25,10 +25,11 @@ class NodePerturbation(AbstractPerturbedActivities):
     $$\hat g_z = \frac1K \sum_{k=1}^K \frac{L(z + \sigma u_k) - L(z)}{\sigma}\, u_k, \qquad
     \hat g_W = \hat g_z^\top \frac{\partial z}{\partial W}.$$
 
-    As $\sigma$ goes to zero this becomes `ActivityPerturbation`, with the same activations, the same
-    steering by the losses that an activation can change, and the same variance. The bias is of
-    order $\sigma^2$ where the losses are smooth, and of order $\sigma$ near a kink. The error by rounding is
-    of order $\varepsilon L / \sigma$, with $\varepsilon$ the precision of the losses' type.
+    As $\sigma$ goes to zero this becomes `ActivityPerturbation`, with the same activations, the
+    same steering by the losses that an activation can change, and the same variance. The bias is of
+    order $\sigma^2$ where the losses are smooth, and of order $\sigma$ near a kink. The error by
+    rounding is of order $\varepsilon L / \sigma$, with $\varepsilon$ the precision of the losses'
+    type.
 
     Only each layer's product with its input is differentiated, and the last layer. But derivatives
     still say which losses an activation can change, and the last layer gets its exact gradient. So

@@ -64,7 +64,7 @@ def run_config(options: Any, **settings: Any) -> TrainConfig:
     return fitting(**{**shared, **settings})
 
 
-def trained(job: Job, options: Any, console: Console) -> Run:
+def trained(job: Job, options: Any, console: Console | None) -> Run:
     """The run of a cell, in a folder of its own: trained, or what is missing of it."""
     assert job.config is not None
     folder = run_folder(options, job.place, job.seed)
@@ -82,12 +82,16 @@ _SETTINGS = ("learning_rate", "momentum", "tangents", "exact_last")
 
 
 def run_job(job: Job, options: Any, console: Console) -> dict[str, Any]:
-    """Train, and return what the run ended with, and its settings, as fields of a cell.
+    """Train, and return what the run ended with as fields of a cell."""
+    return ending(trained(job, options, console), options)
+
+
+def ending(run: Run, options: Any) -> dict[str, Any]:
+    """What a run ended with, and its settings, as fields of a cell.
 
     A contrastive run's errors are those of a readout that is fitted afterwards; that of the run's
     own readout is the `online_error`.
     """
-    run = trained(job, options, console)
     end = {name: getattr(run.result, name) for name in _OF_THE_RESULT}
     end |= {k: v for k, v in options_of(run.config).items() if k in _SETTINGS}
     if run.config.task == "contrastive":

@@ -15,6 +15,7 @@ from forwardgrad.results._records import (
     Readout,
     Summary,
     TableCell,
+    TokenCell,
 )
 from forwardgrad.results._store import (
     VERSION,
@@ -55,6 +56,7 @@ __all__ = [
     "Summary",
     "Table",
     "TableCell",
+    "TokenCell",
     "as_line",
     "csv",
     "escaped",

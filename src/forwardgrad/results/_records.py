@@ -201,6 +201,31 @@ class CurveCell(Cell):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenCell(Cell):
+    """A run on text: losses in nats a token, those of the test text on the way.
+
+    `rates` were tried in shorter runs, with the validation losses `rate_losses`. A step sees so
+    many `tokens`, and a gradient takes so many `operations`.
+    """
+
+    COLUMN = ("network",)
+    ROW = ("method",)
+
+    network: Name
+    method: Name
+    validation_loss: Number
+    test_loss: Number
+    bits_per_character: Number
+    rates: tuple[NotNegative, ...]
+    rate_losses: tuple[float, ...]
+    steps: tuple[Count, ...]
+    losses: tuple[Number, ...]
+    times: tuple[NotNegative, ...]
+    operations: Annotated[float, Meta(ge=0, le=1e30)]
+    tokens: Count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Header(Origin):
     """What every file of an experiment or of a benchmark begins with."""
 

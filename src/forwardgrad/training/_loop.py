@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
-from forwardgrad._errors import InputError
+from forwardgrad._errors import DivergedError, InputError
 from forwardgrad._files import write_text, writing
 from forwardgrad.data import Dataset, Text
 from forwardgrad.results import Measurement, Summary, read_lines, save, write
@@ -330,10 +330,10 @@ class _Session:
         if bad.size:
             raise self._diverged(f"the loss is {values[bad[0]]} at step {steps[bad[0]]}")
 
-    def _diverged(self, what: str) -> InputError:
+    def _diverged(self, what: str) -> DivergedError:
         self._add("diverged", reason=what)
         rate = self.config.optimisation.learning_rate
-        return InputError(
+        return DivergedError(
             f"{what}, the run diverged: try a learning_rate below {rate} or a "
             f"smaller clip; the last finite checkpoint is kept in {self.folder / CHECKPOINTS}"
         )

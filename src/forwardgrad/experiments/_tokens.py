@@ -1,0 +1,307 @@
+"""Decoders that learn text without backpropagation, beside backpropagation.
+
+Command: `forwardgrad reproduce tokens`. Every cell is a run of `forwardgrad train` in a folder of
+its own, with a learning rate that shorter runs have found, so an interrupted experiment continues
+where it was.
+
+A method is called `ALGORITHM[+OPTION...][@TANGENTS]`, such as `lg-fg-a+exact@16`. Its learning rate
+is searched on the validation text: from the middle of a grid of factors 3, upwards as long as the
+loss falls, or else downwards. All seeds then have the rate of the first one.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from forwardgrad._console import Console
+from forwardgrad._errors import DivergedError, InputError, unknown_name
+from forwardgrad._estimation import estimation
+from forwardgrad.experiments._experiment import (
+    Cells,
+    Experiment,
+    Job,
+    Presented,
+    RunOptions,
+    ending,
+    run_config,
+    trained,
+)
+from forwardgrad.results import TokenCell, look, markdown, over_seeds
+from forwardgrad.results._figures import panels
+from forwardgrad.results._tables import grouped
+from forwardgrad.training import ALGORITHMS, TrainConfig, problem
+from forwardgrad.training._config import changed, check_names, options_of, reads_text
+
+TANGENTS = 16
+"""K of methods that do not say theirs."""
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0},
+    "mixing": {"exact_mixing": True},
+    "direct": {"exact_direct": True},
+    "exact": {"exact_mixing": True, "exact_direct": True},
+}
+"""What can be added to an algorithm."""
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""Learning rates of the search."""
+
+FIRST_RATE = {"sgd": 1e-1, "adamw": 3e-3}
+"""Where the search begins, by the optimiser."""
+
+CHUNK = 16
+"""Evaluations of node perturbation at a time, for their memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokensOptions(RunOptions):
+    """Settings of `reproduce tokens`."""
+
+    methods: tuple[str, ...] = (
+        *("bp", "bp+sgd", "lg-bp", "fg-w", "fg-a", "lg-fg-a", "fg-a+exact", "lg-fg-a+exact"),
+        *("lg-fg-a@4", "lg-fg-a+exact@4", "lg-fg-a@64", "lg-fg-a+exact@64", "np@256"),
+    )
+    """Algorithms, with +mixing, +direct, +exact (both), +sgd and @TANGENTS: lg-fg-a+exact@16."""
+    networks: tuple[str, ...] = ("gpt/2/128",)
+    """Decoders: gpt/LAYERS/WIDTH."""
+    dataset: str = "text"
+    """Text, as for train."""
+    context: int = 64
+    """Tokens of a window."""
+    batch_size: int = 8
+    """Windows of a step."""
+    iterations: int = 1000
+    """Steps of each run."""
+    search_iterations: int = 300
+    """Steps of each run of the search for a learning rate."""
+    rates: tuple[float, ...] = ()
+    """Learning rates that are tried. Default: as many of 1e-4, 3e-4, 1e-3, ... as it takes."""
+    eval_steps: int = 100
+    """Steps between the points of the curves, losses on the test text."""
+    seeds: int = 3
+
+
+class Method(NamedTuple):
+    """An algorithm, and the options that its name asks for."""
+
+    algorithm: str
+    options: dict[str, Any]
+
+
+def method_of(name: str) -> Method:
+    """What a name such as `lg-fg-a+exact@16` stands for.
+
+    **Raises:**
+
+    `InputError` if it is none.
+
+    >>> method_of("lg-fg-a+mixing@4")
+    Method(algorithm='lg-fg-a', options={'tangents': 4, 'exact_mixing': True})
+    """
+    rest, at, tangents = name.partition("@")
+    algorithm, *added = rest.split("+")
+    if algorithm not in ALGORITHMS:
+        raise unknown_name("algorithm", algorithm, ALGORITHMS)
+    if at and not (tangents.isdecimal() and int(tangents)):
+        raise InputError(f"method {name!r} must end in a number of tangents after @")
+    options: dict[str, Any] = {"tangents": int(tangents)} if at else {}
+    for option in added:
+        if option not in OPTIONS:
+            raise unknown_name(f"option of method {name!r}", option, OPTIONS)
+        options |= OPTIONS[option]
+    return Method(algorithm, options)
+
+
+def _config(options: TokensOptions, name: str, network: str, **given: Any) -> TrainConfig:
+    algorithm, own = method_of(name)
+    usual = {"optimizer": "adamw", "weight_decay": 0.01, "tangents": TANGENTS}
+    evaluates = {"eval_steps": options.eval_steps, "log_every": None}
+    chunk = {"chunk": CHUNK} if algorithm.endswith("np") else {}
+    what = {"algorithm": algorithm, "network": network}
+    config = run_config(options, **{**usual, **evaluates, **chunk, **own, **what, **given})
+    check_names(own, config)
+    return config
+
+
+def _plan(options: TokensOptions) -> Iterator[Job]:
+    """Seed by seed, so that the table is complete early."""
+    for network in options.networks:
+        if not reads_text(network):
+            raise InputError(f"networks must be called gpt/LAYERS/WIDTH, got {network!r}")
+    parts = (range(options.seeds), options.networks, options.methods)
+    for seed, network, method in itertools.product(*parts):
+        place = {"network": network, "method": method}
+        yield Job(place, seed, _config(options, method, network, seed=seed))
+
+
+def _make(job: Job, options: TokensOptions, console: Console) -> dict[str, Any]:
+    searched = _search(job, options, console)
+    rate = min(searched, key=lambda rate: searched[rate])
+    config = _config(options, **_named(job), seed=job.seed, learning_rate=rate)
+    run = trained(job._replace(config=config), options, console)
+    lines = [line for line in run.measurements if line.event == "steps"]
+    losses = ("test_loss", "validation_loss", "bits_per_character")
+    return {
+        **ending(run, options),
+        **{name: getattr(run.result, name) for name in losses},
+        "rates": tuple(searched),
+        "rate_losses": tuple(searched.values()),
+        "steps": tuple(line.step for line in lines),
+        "losses": tuple(float(f"{line.test_loss:.5g}") for line in lines),
+        "times": tuple(round(line.seconds or 0.0, 3) for line in lines),
+        "operations": _operations(config),
+        "tokens": config.batch_size * options.context,
+    }
+
+
+def _operations(config: TrainConfig) -> float:
+    """XLA's count of a gradient's operations.
+
+    It counts a loop once. So all tangents are compiled at once here, and nothing is run.
+    """
+    tangents = options_of(config).get("tangents")
+    config = config if tangents is None else changed(config, {"chunk": tangents})
+    step = problem(config)
+    init, estimate = estimation(step.loss, step.estimator, has_aux=True)
+    given = (step.params, *step.batch)
+    state = jax.eval_shape(init, *given)
+    one = jax.jit(lambda key, state, *given: estimate(*given, key=key, state=state))
+    analysis = one.lower(jax.random.key(0), state, *given).compile().cost_analysis()
+    assert analysis is not None
+    return analysis["flops"]
+
+
+def _named(job: Job) -> dict[str, str]:
+    return {"name": job.place["method"], "network": job.place["network"]}
+
+
+def _search(job: Job, options: TokensOptions, console: Console) -> dict[float, float]:
+    """Validation losses by learning rate, of shorter runs with the first seed.
+
+    **Raises:**
+
+    `DivergedError` if all of them diverged.
+    """
+    if len(options.rates) == 1:
+        return {options.rates[0]: 0.0}
+    found: dict[float, float] = {}
+
+    def loss(rate: float) -> float:
+        short = {"iterations": options.search_iterations, "eval_steps": None}
+        config = _config(options, **_named(job), learning_rate=rate, **short)
+        place = {**job.place, "rate": rate, "steps": options.search_iterations}
+        try:
+            value = trained(Job(place, 0, config), options, None).result.validation_loss
+        except DivergedError:
+            value = math.inf
+        assert value is not None
+        if not job.seed:
+            name = job.place["method"]
+            console.print(f"{name}, learning rate {rate}: {value:.3f}", highlight=False)
+        return found.setdefault(rate, value)
+
+    if options.rates:
+        for rate in options.rates:
+            loss(rate)
+    else:
+        assert job.config is not None
+        _climb(loss, RATES.index(FIRST_RATE[job.config.optimisation.optimizer]))
+    if min(found.values()) == math.inf:
+        raise DivergedError(
+            f"method {job.place['method']!r} diverged with learning rates {[*found]}"
+        )
+    return dict(sorted(found.items()))
+
+
+def _climb(loss: Callable[[float], float], first: int) -> None:
+    """Go up the learning rates from the first one while the loss falls; or else, down."""
+    lowest = start = loss(RATES[first])
+    for rates in (RATES[first + 1 :], RATES[:first][::-1]):
+        for rate in rates:
+            if not (there := loss(rate)) < lowest:
+                break
+            lowest = there
+        if lowest < start:
+            return
+
+
+def _present(cells: Sequence[TokenCell]) -> Presented:
+    """A row a network and method: losses over seeds, and what a step takes beside `bp`."""
+    rows, texts = [], []
+    for mean in over_seeds(cells).values():
+        first = mean.cells[0]
+        values = {
+            name: [getattr(cell, name) for cell in mean.cells]
+            for name in ("validation_loss", "test_loss", "bits_per_character")
+        }
+        by_bp = _beside(first, cells)
+        numbers = {f"{name}_mean": float(np.mean(v)) for name, v in values.items()}
+        spreads = {f"{name}_std": float(np.std(v)) for name, v in values.items()}
+        settings = {"learning_rate": first.learning_rate, "operations": first.operations}
+        rows.append({**mean.row, **settings, "operations_beside_bp": by_bp, **numbers, **spreads})
+        losses = [_with_spread(values[name]) for name in ("validation_loss", "test_loss")]
+        cost = "" if by_bp is None else f"{by_bp:.2f}"
+        texts.append([first.network, first.method, f"{first.learning_rate:g}", *losses, cost])
+    heads = [
+        "network",
+        "method",
+        "learning rate",
+        "validation loss",
+        "test loss",
+        "operations / bp",
+    ]
+    return Presented(_figure(cells), rows, markdown(heads, texts, names=2))
+
+
+def _with_spread(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def _beside(cell: TokenCell, cells: Sequence[TokenCell]) -> float | None:
+    """A step's operations over those of backpropagation's."""
+    bp = [c.operations for c in cells if (c.network, c.method) == (cell.network, "bp")]
+    return cell.operations / bp[0] if bp else None
+
+
+def _figure(cells: Sequence[TokenCell]) -> Figure:
+    """Test losses against tokens, operations and time, a row of pictures a network."""
+    networks = grouped(cells, lambda cell: cell.network)
+    figure, every = panels(len(networks), 3, size=(15, 4.2 * len(networks)), sharey="row")
+    for axes, (network, of_network) in zip(every, networks.items(), strict=True):
+        for method, own in grouped(of_network, lambda cell: cell.method).items():
+            color, line, marker = look(method_of(method).algorithm)
+            losses = np.mean([cell.losses for cell in own], axis=0)
+            steps = np.array(own[0].steps)
+            style = {"color": color, "linestyle": line, "marker": marker, "ms": 3, "label": method}
+            style["alpha"] = 0.5 if "+" in method else 1.0
+            times = np.mean([cell.times for cell in own], axis=0)
+            for panel, x in zip(
+                axes, (steps * own[0].tokens, steps * own[0].operations, times), strict=True
+            ):
+                panel.plot(x, losses, **style)
+        axes[0].set(ylabel=f"test loss, {network} (nats)", xlabel="tokens")
+        axes[1].set(xlabel="operations", xscale="log")
+        axes[2].set(xlabel="time (s)", xscale="log")
+        axes[2].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+TOKENS = Experiment(
+    "tokens",
+    "decoders that learn text without backpropagation",
+    TokensOptions,
+    Cells(
+        kind=TokenCell,
+        plan=_plan,
+        make=_make,
+        present=_present,
+        same=("dataset", "context", "batch_size", "iterations", "search_iterations", "eval_steps"),
+    ),
+)
