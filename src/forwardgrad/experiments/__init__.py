@@ -8,12 +8,14 @@ from forwardgrad.experiments._measure import Step, checkpointed, interleave
 from forwardgrad.experiments._mnist import MNIST
 from forwardgrad.experiments._scaling import SCALING, checkpointed_mlp_loss, mlp_loss, mlp_problem
 from forwardgrad.experiments._tables import COMPARE, TABLE3, TABLE4, UNTRAINED, in_order
+from forwardgrad.experiments._token_cosines import TOKENS_COSINE
 from forwardgrad.experiments._tokens import TOKENS
 from forwardgrad.experiments._toy import TOY
 from forwardgrad.experiments._variance import VARIANCE
 
 EXPERIMENTS: dict[str, Experiment] = {
-    e.name: e for e in (TOY, *MNIST, SCALING, TABLE3, TABLE4, ABLATION, VARIANCE, TOKENS)
+    e.name: e
+    for e in (TOY, *MNIST, SCALING, TABLE3, TABLE4, ABLATION, VARIANCE, TOKENS, TOKENS_COSINE)
 }
 """Experiments by the name that `forwardgrad reproduce` knows them by."""
 

@@ -45,6 +45,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0},
     "mixing": {"exact_mixing": True},
     "direct": {"exact_direct": True},
+    "dense": {"structure": "dense"},
     "exact": {"exact_mixing": True, "exact_direct": True},
 }
 """What can be added to an algorithm."""
@@ -118,10 +119,11 @@ def method_of(name: str) -> Method:
     return Method(algorithm, options)
 
 
-def _config(options: TokensOptions, name: str, network: str, **given: Any) -> TrainConfig:
+def config_of(options: Any, name: str, network: str, **given: Any) -> TrainConfig:
+    """The settings of a run by the method of this name."""
     algorithm, own = method_of(name)
     usual = {"optimizer": "adamw", "weight_decay": 0.01, "tangents": TANGENTS}
-    evaluates = {"eval_steps": options.eval_steps, "log_every": None}
+    evaluates = {"eval_steps": getattr(options, "eval_steps", None), "log_every": None}
     chunk = {"chunk": CHUNK} if algorithm.endswith("np") else {}
     what = {"algorithm": algorithm, "network": network}
     config = run_config(options, **{**usual, **evaluates, **chunk, **own, **what, **given})
@@ -129,21 +131,26 @@ def _config(options: TokensOptions, name: str, network: str, **given: Any) -> Tr
     return config
 
 
+def check_decoder(network: str) -> None:
+    """Raise an `InputError` for a network of another kind."""
+    if not reads_text(network):
+        raise InputError(f"network {network!r} must be called gpt/LAYERS/WIDTH")
+
+
 def _plan(options: TokensOptions) -> Iterator[Job]:
     """Seed by seed, so that the table is complete early."""
     for network in options.networks:
-        if not reads_text(network):
-            raise InputError(f"networks must be called gpt/LAYERS/WIDTH, got {network!r}")
+        check_decoder(network)
     parts = (range(options.seeds), options.networks, options.methods)
     for seed, network, method in itertools.product(*parts):
         place = {"network": network, "method": method}
-        yield Job(place, seed, _config(options, method, network, seed=seed))
+        yield Job(place, seed, config_of(options, method, network, seed=seed))
 
 
 def _make(job: Job, options: TokensOptions, console: Console) -> dict[str, Any]:
     searched = _search(job, options, console)
     rate = min(searched, key=lambda rate: searched[rate])
-    config = _config(options, **_named(job), seed=job.seed, learning_rate=rate)
+    config = config_of(options, **_named(job), seed=job.seed, learning_rate=rate)
     run = trained(job._replace(config=config), options, console)
     lines = [line for line in run.measurements if line.event == "steps"]
     losses = ("test_loss", "validation_loss", "bits_per_character")
@@ -194,7 +201,7 @@ def _search(job: Job, options: TokensOptions, console: Console) -> dict[float, f
 
     def loss(rate: float) -> float:
         short = {"iterations": options.search_iterations, "eval_steps": None}
-        config = _config(options, **_named(job), learning_rate=rate, **short)
+        config = config_of(options, **_named(job), learning_rate=rate, **short)
         place = {**job.place, "rate": rate, "steps": options.search_iterations}
         try:
             value = trained(Job(place, 0, config), options, None).result.validation_loss

@@ -114,14 +114,14 @@ def parts(algorithm: str, task: str) -> tuple[AbstractObjective, AbstractEstimat
         raise InputError(f"algorithm {algorithm!r} is not defined: {UNDEFINED[algorithm]}")
     if algorithm not in ALGORITHMS:
         raise unknown_name("algorithm", algorithm, ALGORITHMS)
-    prefix, name = _split(algorithm)
+    prefix, name = split(algorithm)
     learned = Supervised() if task == "supervised" else Contrastive()
     return OBJECTIVES[prefix](learned), ESTIMATORS[name].estimator
 
 
 def defaults(algorithm: str, network: str, task: str) -> dict[str, Any]:
     """Settings that suit an algorithm, on a network and for a task."""
-    row = ESTIMATORS[_split(algorithm)[1]]
+    row = ESTIMATORS[split(algorithm)[1]]
     if gpt_size_of(network) is not None:
         return {**row.defaults, **FOR_TEXTS}
     if size_of(network) is None:
@@ -130,6 +130,7 @@ def defaults(algorithm: str, network: str, task: str) -> dict[str, Any]:
     return {**row.defaults, **row.for_mixers, **contrastive}
 
 
-def _split(algorithm: str) -> tuple[str, str]:
+def split(algorithm: str) -> tuple[str, str]:
+    """The prefix of an algorithm's id, which says where losses are, and the rest of it."""
     prefix = next(p for p in ("lg-", "l-", "") if algorithm.startswith(p))
     return prefix, algorithm.removeprefix(prefix)
