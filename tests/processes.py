@@ -31,6 +31,8 @@ RUNS = {
     "bp": {"algorithm": "bp", "network": "mlp", "width": 16},
     "fg-w": {"algorithm": "fg-w", "network": "mlp", "width": 16, "tangents": 2},
     "lg-fg-a": {"algorithm": "lg-fg-a", "network": "m/1/16", "tangents": 1},
+    "balanced": {"algorithm": "lg-fg-a", "network": "m/1/16", "balance": "relative"},
+    "fa": {"algorithm": "fa", "network": "mlp", "width": 16},
     "in parts": {"algorithm": "fg-w", "network": "mlp", "width": 16, "accumulate": 4},
     "contrastive": {"task": "contrastive", "algorithm": "fg-a", "network": "mlp", "width": 16},
     "cnn": {"algorithm": "bp", "network": "cnn", "width": 8},
@@ -128,7 +130,7 @@ ONE_PROCESS = [equals_one_device, streams, divides, weak_scaling]
 def agrees(folder: Path, devices: Devices) -> None:
     """The runs of several processes are those of one."""
     found = {}
-    for name in ("bp", "fg-w", "lg-fg-a"):
+    for name in ("bp", "fg-w", "lg-fg-a", "balanced"):
         run = fit(settings(folder / name, name), devices=devices)
         if devices.leads:
             found[name] = same_run(run, fit(settings(folder / f"{name} alone", name)))

@@ -17,7 +17,14 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from forwardgrad import Backpropagation, InputError, WeightPerturbation, data, objectives
+from forwardgrad import (
+    Backpropagation,
+    BalancedTangents,
+    InputError,
+    WeightPerturbation,
+    data,
+    objectives,
+)
 from forwardgrad.augmentation import build as build_augmentation
 from forwardgrad.networks import build
 from forwardgrad.objectives import GlobalLoss
@@ -25,7 +32,13 @@ from forwardgrad.results import Measurement
 from forwardgrad.training import TrainConfig, _batches, _setup, configure, fit, load_run
 from forwardgrad.training._algorithms import ESTIMATORS
 from forwardgrad.training._batches import BATCH, Inputs, make_evaluation, make_feeds
-from forwardgrad.training._config import Optimizer, fitting, options_of
+from forwardgrad.training._config import (
+    NoiseSettings,
+    Optimizer,
+    fitting,
+    not_default,
+    options_of,
+)
 from forwardgrad.training._metrics import Metrics
 from forwardgrad.training._setup import optimiser, schedule
 from forwardgrad.training._state import initial_state, make_advance, slow_in_loops
@@ -100,6 +113,10 @@ def same(a, b) -> bool:
             {"task": "contrastive", "augment": "none"},
             "augment must not be 'none' with task 'contrastive'",
         ),
+        (
+            {"algorithm": "fg-a", "balance": "both"},
+            "balance 'both' is unknown; did you mean 'absolute'",
+        ),
         ({"structure": "rank-two"}, "structure 'rank-two' is unknown; did you mean 'rank-one'"),
     ],
 )
@@ -130,6 +147,23 @@ def test_settings_of_another_algorithm():
         fitting(tangent=2)
     with fails("objective and estimator must be those of algorithm 'fg-w'"):
         dataclasses.replace(configure(algorithm="bp"), algorithm="fg-w")
+    with fails("balance is not a setting of algorithm 'fa' for task 'supervised'"):
+        configure(algorithm="fa", balance="relative")
+    with fails("noise of algorithm 'fa' must be like NoSettings"):
+        dataclasses.replace(configure(algorithm="fa"), noise=NoiseSettings())
+
+
+@pytest.mark.parametrize("rule", ["relative", "absolute"])
+def test_balance_is_an_option_of_perturbed_activities(rule):
+    plain = configure(algorithm="lg-fg-a", tangents=3)
+    assert plain.wrapped_estimator is plain.estimator
+    config = configure(algorithm="lg-fg-a", tangents=3, balance=rule)
+    assert config.estimator == plain.estimator
+    assert config.wrapped_estimator == BalancedTangents(plain.estimator, rule)
+    assert configure(**options_of(config)) == config
+    given = {"algorithm": "lg-fg-a", "tangents": 3, "balance": rule}
+    assert not_default(config) == given
+    assert configure(**given) == config
 
 
 @pytest.mark.parametrize(

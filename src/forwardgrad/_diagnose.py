@@ -13,10 +13,16 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._diagnosis import Diagnosis
 from forwardgrad._errors import InputError
+from forwardgrad._estimation import estimation
 from forwardgrad._moments import products_of_samples, row
 from forwardgrad._request import checked_params
 from forwardgrad._value_and_grad import value_and_grad
-from forwardgrad.estimators import AbstractEstimator, Backpropagation, WeightPerturbation
+from forwardgrad.estimators import (
+    AbstractEstimator,
+    AbstractStatefulEstimator,
+    Backpropagation,
+    WeightPerturbation,
+)
 from forwardgrad.estimators._base import Objective
 
 FORWARD_LIMIT = 10_000
@@ -49,7 +55,8 @@ def diagnose(
     **Arguments:**
 
     - `fun`, `has_aux`: as for [`forwardgrad.value_and_grad`][].
-    - `estimator`: for instance [`forwardgrad.WeightPerturbation`][].
+    - `estimator`: for instance [`forwardgrad.WeightPerturbation`][]. One that needs a state
+        ([`forwardgrad.estimation`][]) has that of its first step in all samples.
     - `params`, `args`, `kwargs`: what `fun` is called with.
     - `key`: a random key, from which one for each sample is split.
     - `samples`: the number of estimates, even and at least 4. An estimator that draws no random
@@ -86,7 +93,7 @@ def diagnose(
     if not isinstance(samples, int) or samples < 4 or samples % 2:
         raise InputError(f"samples must be an even number of at least 4, got {samples!r}")
     params = checked_params(params)
-    gradient = _Gradient(value_and_grad(fun, estimator, has_aux=has_aux), params, args, kwargs, key)
+    gradient = _gradient_of(fun, estimator, has_aux, params, args, kwargs, key)
     exact, reverse = _exact(fun, has_aux, params, args, kwargs, key)
     identity = None
     if check:
@@ -146,7 +153,7 @@ class _Gradient:
 
         def leaves(params, arrays, key):
             args, kwargs = eqx.combine(arrays, static)
-            _, grads = gradient(params, *args, key=key, **kwargs)
+            _, grads, *_ = gradient(params, *args, key=key, **kwargs)
             return [_widened(leaf) for leaf in jax.tree.leaves(grads)]
 
         self._inputs = params, arrays
@@ -164,6 +171,24 @@ class _Gradient:
     def temp_bytes(self) -> int | None:
         analysis = self._compiled.memory_analysis()
         return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def _gradient_of(
+    fun: Callable,
+    estimator: AbstractEstimator,
+    has_aux: bool,
+    params: PyTree,
+    args: tuple,
+    kwargs: dict,
+    key: Array,
+) -> _Gradient:
+    """The estimator's gradient, by the state of its first step if it needs one."""
+    if not (isinstance(estimator, AbstractStatefulEstimator) and estimator.needs_state):
+        gradient = value_and_grad(fun, estimator, has_aux=has_aux)
+        return _Gradient(gradient, params, args, kwargs, key)
+    init, step = estimation(fun, estimator, has_aux=has_aux)
+    kwargs = {**kwargs, "state": init(params, *args, **kwargs)}
+    return _Gradient(step, params, args, kwargs, key)
 
 
 def _is_array(x: Any) -> bool:

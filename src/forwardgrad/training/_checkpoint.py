@@ -38,10 +38,14 @@ class Progressed:
 
 
 class Restored(NamedTuple):
-    """A state and what belongs to it; and how newer ones are damaged, by their steps."""
+    """A state and what belongs to it; and how newer ones are damaged, by their steps.
+
+    `remembers` says whether what the estimator remembers is in the state, or only room for it.
+    """
 
     state: TrainState
     progress: Progressed
+    remembers: bool
     damaged: dict[int, str]
 
 
@@ -163,7 +167,7 @@ class Checkpoints:
         if not intact:
             raise InputError(f"checkpoint {where} is damaged: its contents have changed")
 
-    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, Progressed]:
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, Progressed, bool]:
         where = self._folder / str(step)
         self._check(where)
         try:
@@ -179,12 +183,16 @@ class Checkpoints:
         except Exception as error:
             raise InputError(f"checkpoint {where} is damaged: it cannot be read") from error
         expected = named_arrays(like)
-        if {k: (v.shape, v.dtype) for k, v in expected.items()} != {
+        # Earlier versions drew feedback weights in every step, and remembered nothing.
+        stateless = {k: v for k, v in expected.items() if not k.startswith(".estimator")}
+        remembers = arrays.keys() != stateless.keys()
+        wanted = expected if remembers else stateless
+        if {k: (v.shape, v.dtype) for k, v in wanted.items()} != {
             k: (v.shape, v.dtype) for k, v in arrays.items()
         }:
             raise InputError(f"checkpoint {where} holds the arrays of another network or optimiser")
-        leaves = [jax.numpy.asarray(arrays[name]) for name in expected]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), progress
+        leaves = [jax.numpy.asarray(arrays.get(name, own)) for name, own in expected.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), progress, remembers
 
 
 def named_arrays(state: TrainState) -> dict[str, np.ndarray]:

@@ -12,7 +12,8 @@ from msgspec import Meta
 from forwardgrad._errors import MOST, InputError, check_seed, unknown_name
 from forwardgrad._files import local
 from forwardgrad.augmentation import AbstractAugmentation, build
-from forwardgrad.estimators import AbstractEstimator
+from forwardgrad.estimators import AbstractEstimator, BalancedTangents
+from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities
 from forwardgrad.networks import gpt_size_of
 from forwardgrad.objectives import AbstractObjective
 from forwardgrad.training._algorithms import ALGORITHMS, defaults, parts
@@ -25,6 +26,7 @@ Task = Literal["supervised", "contrastive"]
 Augment = Literal["none", "crop-flip", "simclr"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "lars"]
 Positions = Literal["rotary", "learned"]
+Balance = Literal["none", "relative", "absolute"]
 Schedule = Literal["constant", "cosine", "exponential", "linear"]
 
 AUGMENTED: dict[str, Augment] = {"supervised": "none", "contrastive": "simclr"}
@@ -156,6 +158,26 @@ class OptimizerSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NoSettings(Settings):
+    """Nothing to set."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseSettings(Settings):
+    """What makes the estimates of perturbed activities less noisy."""
+
+    balance: Balance = "none"
+    """Give each layer tangents as long as it needs them, for the least relative or absolute error
+    over all layers, or the same to all (none)."""
+
+    def around(self, estimator: AbstractPerturbedActivities) -> AbstractEstimator:
+        """The estimator with all of it."""
+        if self.balance == "none":
+            return estimator
+        return BalancedTangents(estimator, rule=self.balance)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
     """Settings of a training run; [`forwardgrad.training.configure`][] makes them of options.
 
@@ -214,6 +236,10 @@ class TrainConfig(Settings):
     optimisation: OptimizerSettings
     objective: AbstractObjective
     estimator: AbstractEstimator
+    """That of the algorithm."""
+    noise: Settings
+    """[`forwardgrad.training.NoiseSettings`][] where the estimator perturbs activities, else
+    [`forwardgrad.training.NoSettings`][]."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -228,12 +254,25 @@ class TrainConfig(Settings):
                 f"objective and estimator must be those of algorithm {self.algorithm!r} and task "
                 f"{self.task!r}, like {own}, got {(self.objective, self.estimator)}"
             )
+        if type(self.noise) is not type(_noise_of(self.estimator)):
+            raise InputError(
+                f"noise of algorithm {self.algorithm!r} must be like {_noise_of(self.estimator)}, "
+                f"got {self.noise}"
+            )
         self._check_batch()
         self._check_data()
         if self.log_every and self.eval_steps and self.eval_steps % self.log_every:
             raise InputError(
                 f"log_every (={self.log_every}) must divide eval_steps, which is {self.eval_steps}"
             )
+
+    @property
+    def wrapped_estimator(self) -> AbstractEstimator:
+        """The algorithm's estimator, with what makes it less noisy around it."""
+        if not isinstance(self.noise, NoiseSettings):
+            return self.estimator
+        assert isinstance(self.estimator, AbstractPerturbedActivities)
+        return self.noise.around(self.estimator)
 
     @property
     def line_every(self) -> int | None:
@@ -296,6 +335,11 @@ def reads_text(network: str) -> bool:
 def _kinds(objective: AbstractObjective, estimator: AbstractEstimator) -> tuple[Any, ...]:
     task, greedy = getattr(objective, "task", None), getattr(objective, "greedy", None)
     return type(objective), type(task), greedy, type(estimator)
+
+
+def _noise_of(estimator: AbstractEstimator) -> Settings:
+    """The defaults of what there is for an estimator."""
+    return NoiseSettings() if isinstance(estimator, AbstractPerturbedActivities) else NoSettings()
 
 
 _IN_WORDS = {
@@ -385,6 +429,7 @@ def preset(
         optimisation=OptimizerSettings(learning_rate=suited["learning_rate"]),
         objective=objective,
         estimator=estimator,
+        noise=_noise_of(estimator),
     )
     return changed(config, suited)
 

@@ -195,26 +195,32 @@ class _Session:
         self.checkpoints: Checkpoints | None = None
         self.metrics: Metrics | None = None
         self.state, self.stored = setup.state, setup.state
-        self.seconds, lines = self.devices.first(self._open, tuple[float, tuple[Measurement, ...]])
+        self.seconds, lines, self.begun = self.devices.first(
+            self._open, tuple[float, tuple[Measurement, ...], bool]
+        )
         self.lines = list(lines)
         self.state = self.devices.whole(sent(self.devices, self.stored))
         self.step = int(self.state.step)
         self.saved_at = time.monotonic()
         self.pace = CHUNK_SECONDS
 
-    def _open(self) -> tuple[float, tuple[Measurement, ...]]:
-        """Read the last checkpoint, and be ready to write; the seconds and the lines up to it."""
+    def _open(self) -> tuple[float, tuple[Measurement, ...], bool]:
+        """Read the last checkpoint, and be ready to write.
+
+        Returns the seconds and the lines up to it, and whether the estimator has begun there.
+        """
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, keep=self.config.keep_checkpoints)
-        seconds, lines = 0.0, ()
+        seconds, lines, begun = 0.0, (), False
         if (found := self.checkpoints.restore(self.setup.state)) is not None:
             self._check_draws(found.progress.draws)
-            self.stored, seconds = found.state, found.progress.seconds
+            self.stored, begun = found.state, found.remembers
+            seconds = found.progress.seconds
             lines = self._lines_before(found.progress.lines)
             for step, problem in found.damaged.items():
                 self.progress.note(f"{problem}; continuing from an older one")
                 self.checkpoints.discard(step)
         self.metrics = Metrics(self.folder, lines)
-        return seconds, lines
+        return seconds, lines, begun
 
     def train(self) -> None:
         """Take the state to the last step."""
@@ -308,6 +314,8 @@ class _Session:
                 *divmod(self.step, self.setup.steps_per_epoch)
             ):
                 if not compiled:
+                    if not self.begun:
+                        self.state = self.setup.begin(self.state, feed, start)
                     # No steps: compiles, and so keeps that out of the run's seconds.
                     self.state, compiled = self.setup.advance(self.state, feed, start, start), True
                 while start < stop and self.step < self.setup.steps:

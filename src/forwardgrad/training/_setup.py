@@ -1,5 +1,6 @@
 """A run made ready: data, network, objective, estimator and optimiser put together."""
 
+import dataclasses
 import functools
 import hashlib
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from forwardgrad.networks import AbstractNetwork, build, continuation
 from forwardgrad.training._batches import (
     BATCH,
     MOST_OUTPUTS,
+    Feed,
     make_evaluation,
     make_feeds,
     make_inputs,
@@ -32,7 +34,14 @@ from forwardgrad.training._config import (
     TrainConfig,
 )
 from forwardgrad.training._devices import ONE, Devices
-from forwardgrad.training._state import Loss, initial_state, make_advance, slow_in_loops
+from forwardgrad.training._state import (
+    Loss,
+    TrainState,
+    initial_state,
+    make_advance,
+    make_begin,
+    slow_in_loops,
+)
 
 SCALE = 256
 """The batch size that a learning rate is for, where it is scaled with the batch."""
@@ -118,7 +127,7 @@ class Setup:
         self.data = load_data(config)
         network = build_network(config, self.data, weights_key)
         params, self._static = eqx.partition(network, eqx.is_inexact_array)
-        self.objective, self.estimator = config.objective, config.estimator
+        self.objective, self.estimator = config.objective, config.wrapped_estimator
         self.inputs = make_inputs(config, self.data)
 
         self.feeds = make_feeds(self.data.train, config.batch_size, order_key, config.seed, devices)
@@ -139,16 +148,18 @@ class Setup:
             )
         self.learning_rate = schedule(config, self.steps)
         transformation = optimiser(config, self.steps)
-        self.state = devices.whole(initial_state(params, transformation, self.steps_per_epoch))
+        split = {"parts": config.accumulate, "devices": devices}
+        self.begin = make_begin(self.loss, self.inputs, self.estimator, self.keys, **split)
+        state = initial_state(params, transformation, self.steps_per_epoch)
+        self.state = devices.whole(self._with_room(state, config.batch_size))
         self.advance = make_advance(
             self.loss,
             self.inputs,
             self.estimator,
             transformation,
             self.keys,
-            parts=config.accumulate,
             compiled_loop=not slow_in_loops(self._on_batch, params, step_key),
-            devices=devices,
+            **split,
         )
         self.on_test = make_evaluation(self.predict, self.data.test, batch=batch, devices=devices)
         self.on_train = make_evaluation(
@@ -186,6 +197,18 @@ class Setup:
             )
         )(params, prompt)
         return self.data.vocabulary.decode(np.append(prompt, drawn))
+
+    def _with_room(self, state: TrainState, batch_size: int) -> TrainState:
+        """The state with zeros for what the estimator is to remember."""
+        example = self.data.train.take(np.zeros(1, int))
+
+        def remembered(state, *example):
+            batch = [jnp.broadcast_to(a, (1, batch_size, *a.shape[1:])) for a in example]
+            return self.begin(state, Feed(*batch), 0).estimator
+
+        like = jax.eval_shape(remembered, state, *example)
+        room = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+        return dataclasses.replace(state, estimator=room)
 
     def _on_batch(self, params: PyTree, key: Array) -> tuple[Losses, dict[str, Array]]:
         """The loss of a batch of two examples."""
