@@ -17,6 +17,8 @@ from forwardgrad._filter_value_and_grad import filter_value_and_grad as filter_v
 from forwardgrad._greedy import greedy as greedy
 from forwardgrad._greedy_stages import greedy_stages as greedy_stages
 from forwardgrad._losses import Losses as Losses
+from forwardgrad._online import OnlineState as OnlineState
+from forwardgrad._online import online as online
 from forwardgrad._pipeline import BlockPipeline as BlockPipeline
 from forwardgrad._pipeline import PipelineState as PipelineState
 from forwardgrad._replay import ReplayLog as ReplayLog
@@ -60,6 +62,7 @@ __all__ = [
     "InputError",
     "Losses",
     "NodePerturbation",
+    "OnlineState",
     "PipelineState",
     "ReplayLog",
     "Scalars",
@@ -74,6 +77,7 @@ __all__ = [
     "filter_value_and_grad",
     "greedy",
     "greedy_stages",
+    "online",
     "replay",
     "value_and_grad",
 ]

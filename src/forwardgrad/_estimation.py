@@ -11,11 +11,11 @@ from forwardgrad.estimators import AbstractEstimator, AbstractStatefulEstimator
 
 
 class Estimation(NamedTuple):
-    """What [`forwardgrad.estimation`][] returns.
+    """What [`forwardgrad.estimation`][] returns, and [`forwardgrad.online`][].
 
     **Arguments:**
 
-    - `init`: `(params, *args, **kwargs) -> state`.
+    - `init`: `(params, *args, **kwargs) -> state`; of `online`, `(params, carry, *, key) -> state`.
     - `step`: `(params, *args, key=None, state, **kwargs) -> (value, grads, state)`, the value a
         pair `(value, aux)` with `has_aux`.
     """

@@ -54,7 +54,7 @@ class Request:
             for i, value in zip(positions, (params,) if one else params, strict=True):
                 full[i] = value
             value, aux = as_pair(called(self.fun, full, kwargs), self.has_aux)
-            return _as_losses(value), aux
+            return as_losses(value), aux
 
         others = [arg for i, arg in enumerate(args) if i not in positions]
         closed.given = jax.tree.leaves((others, kwargs))  # pyright: ignore[reportFunctionMemberAccess]
@@ -234,7 +234,7 @@ def called(fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any])
         raise
 
 
-def _as_losses(value: Any) -> Losses:
+def as_losses(value: Any) -> Losses:
     if not isinstance(value, Losses):
         return Losses([_checked_value(value)], [()])
     if not value.terms:

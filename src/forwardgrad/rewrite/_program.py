@@ -125,6 +125,15 @@ class Program:
         outs = [jnp.asarray(v.val if isinstance(v, Literal) else env[v]) for v in jaxpr.outvars]
         return outs[: self.terms], outs[self.terms :], everything
 
+    def whole(self) -> tuple[Stage, Sequence[jax.Array]]:
+        """All of it as one stage, and what that reads."""
+        old = self._closed.jaxpr
+        reads = tuple(old.constvars)
+        inputs = [*old.invars, *reads]
+        jaxpr = Jaxpr((), inputs, old.outvars, old.eqns, old.effects, old.debug_info)
+        writes = tuple(v for v in old.outvars if isinstance(v, Var))
+        return Stage(jaxpr, tuple(range(len(self.leaves))), reads, writes), self._closed.consts
+
     def with_hooks(
         self, leaves: Sequence[jax.Array], hooks: Hooks
     ) -> tuple[list[jax.Array], list[jax.Array], Noted]:
