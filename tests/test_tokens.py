@@ -19,6 +19,8 @@ from token_models import EXAMPLES, INPUTS, MODELS, TOKENS, of_logits, weights
 KEPT = {
     "NNX": "[1] out, [1] query, [1] down, [1] up, [1] norm2, norm",
     "NNX, own attention": "[1] project, [1] down, [1] up, [1] gate",
+    "Gemma": "[1] query, [1] query_norm, [1] out, [1] after, [1] before_mlp, [1] gate, [1] up, "
+    "[1] down, [1] after_mlp, norm",
     "Equinox": "",
     "Mamba": "[1] read, [1] skip, [1] out",
     "recurrence": "out",
@@ -197,6 +199,7 @@ def test_one_step_of_reverse_mode_has_no_bias_by_finite_differences():
 REVERSED = {
     "NNX": "query, key, value, norm1",
     "NNX, own attention": "fused, scale",
+    "Gemma": "query, key_value, key_norm, before",
     "Equinox": "query_proj, key_proj, value_proj",
     "Mamba": "in, conv, write, read, step, step bias, decay",
     "recurrence": "in, state",

@@ -99,6 +99,87 @@ class NNXOwnDecoder(nnx.Module):
         return x @ self.words.T
 
 
+class GemmaNorm(nnx.Module):
+    """A scale that is learned as its difference from one."""
+
+    def __init__(self, width, rngs):
+        self.scale = nnx.Param(0.1 * jax.random.normal(rngs.params(), (width,)))
+
+    def __call__(self, x):
+        normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        return normal * (1 + self.scale)
+
+
+class GemmaEinsum(nnx.Module):
+    """A product with a weight of several axes."""
+
+    def __init__(self, spec, shape, rngs):
+        self.spec = spec
+        self.w = nnx.Param(0.4 * jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, x):
+        return jnp.einsum(self.spec, x, self.w)
+
+
+class GemmaAttention(nnx.Module):
+    """Four heads of queries on two of keys and values, scores with a soft cap, perhaps a window."""
+
+    def __init__(self, window, rngs):
+        self.window = window
+        self.query = GemmaEinsum("BTD,NDH->BTNH", (4, WIDTH, 2), rngs)
+        self.key_value = GemmaEinsum("BSD,CKDH->CBSKH", (2, 2, WIDTH, 2), rngs)
+        self.out = GemmaEinsum("BTNH,NHD->BTD", (4, 2, WIDTH), rngs)
+        self.query_norm, self.key_norm = GemmaNorm(2, rngs), GemmaNorm(2, rngs)
+
+    def __call__(self, x):
+        key, value = self.key_value(x)
+        query = rotated(self.query_norm(self.query(x))) * 2**-0.5
+        key = rotated(self.key_norm(key))
+        query = query.reshape(*query.shape[:2], 2, 2, 2)
+        scores = jnp.einsum("BTKGH,BSKH->BTKGS", query, key)
+        scores = 5.0 * jnp.tanh(scores / 5.0)
+        seen = jnp.tri(x.shape[1], dtype=bool)
+        if self.window is not None:
+            seen = seen & jnp.triu(jnp.ones_like(seen), 1 - self.window)
+        scores = jnp.where(seen[None, :, None, None], scores, -2.4e38)
+        mixed = jnp.einsum("BTKGS,BSKH->BTKGH", jax.nn.softmax(scores, axis=-1), value)
+        return self.out(mixed.reshape(*mixed.shape[:2], 4, 2))
+
+
+class GemmaBlock(nnx.Module):
+    """Norms before and after attention and MLP, which is gated by GELU."""
+
+    def __init__(self, window, rngs):
+        self.attention = GemmaAttention(window, rngs)
+        self.before, self.after = GemmaNorm(WIDTH, rngs), GemmaNorm(WIDTH, rngs)
+        self.before_mlp, self.after_mlp = GemmaNorm(WIDTH, rngs), GemmaNorm(WIDTH, rngs)
+        self.gate = nnx.Linear(WIDTH, 2 * WIDTH, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, 2 * WIDTH, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(2 * WIDTH, WIDTH, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.after(self.attention(self.before(x)))
+        z = self.before_mlp(x)
+        return x + self.after_mlp(self.down(nnx.gelu(self.gate(z)) * self.up(z)))
+
+
+class Gemma(nnx.Module):
+    """The architecture of Gemma 2 and 3: a window in every other block, one table in and out."""
+
+    def __init__(self, rngs):
+        self.words = nnx.Param(jax.random.normal(rngs.params(), (WORDS, WIDTH)))
+        self.blocks = nnx.List([GemmaBlock(window, rngs) for window in (2, None)])
+        self.norm = GemmaNorm(WIDTH, rngs)
+
+    def __call__(self, tokens):
+        x = self.words[(tokens,)]
+        x *= jnp.sqrt(x.shape[-1]).astype(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        logits = jnp.dot(self.norm(x), self.words.T)
+        return 30.0 * jnp.tanh(logits / 30.0)
+
+
 def of_nnx(module):
     def make():
         graph, params = nnx.split(module(nnx.Rngs(0)), nnx.Param)
@@ -231,6 +312,7 @@ def recurrent():
 MODELS = {
     "NNX": of_nnx(NNXDecoder),
     "NNX, own attention": of_nnx(NNXOwnDecoder),
+    "Gemma": of_nnx(Gemma),
     "Equinox": of_equinox(EquinoxDecoder),
     "Mamba": mamba,
     "recurrence": recurrent,
