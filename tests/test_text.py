@@ -4,15 +4,25 @@ import contextlib
 import json
 
 import datasets
+import huggingface_hub
 import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import errors
 
 from forwardgrad import InputError
 from forwardgrad.cli import main
-from forwardgrad.data import Bytes, Characters, ResidentText, StreamedSplit, _text, load_text
+from forwardgrad.data import (
+    Bytes,
+    Characters,
+    ResidentText,
+    StreamedSplit,
+    _tables,
+    _text,
+    load_text,
+)
 from forwardgrad.networks import continuation
 from forwardgrad.training import ALGORITHMS, TextSettings, configure, load_run
 from forwardgrad.training._config import not_default
@@ -160,7 +170,8 @@ def test_the_column(tmp_path):
 def test_a_hub_set_with_a_configuration(tmp_path, monkeypatch):
     asked = []
 
-    def hub(name, *where):
+    def hub(name, *where, first=None):
+        assert first is None
         asked.append((name, *where))
         texts = datasets.Dataset.from_dict({"text": documents(20)})
         return datasets.DatasetDict({"train": texts, "validation": texts, "test": texts})
@@ -169,6 +180,45 @@ def test_a_hub_set_with_a_configuration(tmp_path, monkeypatch):
     load_text("owner/name", context=4)
     load_text("owner/name/small", context=4)
     assert asked == [("owner/name", "owner/name"), ("owner/name/small", "owner/name", "small")]
+
+
+def test_the_first_documents_alone(tmp_path):
+    """Of a table of more, as a table of them would be; of fewer, all."""
+    texts = documents(100)
+    every = str(parquet(tmp_path / "all.parquet", text=texts))
+    few = str(parquet(tmp_path / "few.parquet", text=texts[:30]))
+    found, expected = load_text(every, context=8, documents=30), load_text(few, context=8)
+    assert found.digest == expected.digest
+    assert read(found, found.train) == read(expected, expected.train)
+    assert load_text(few, context=8, documents=99).digest == expected.digest
+    with fails("documents must be at least 1, got 0"):
+        load_text(few, documents=0)
+
+
+def test_the_first_documents_of_a_hub_set(tmp_path, monkeypatch):
+    """No row after them is asked for, and what is missing is held out of them."""
+    texts, asked = documents(40), []
+    alone = load_text(str(parquet(tmp_path / "t.parquet", text=texts)), context=8)
+
+    def rows():
+        for i in range(10**9):
+            assert i < 41, "a stream is read on after what was wanted"
+            yield {"id": i, "text": texts[min(i, 39)]}
+
+    def hub(*where, streaming=False):
+        asked.append((*where, streaming))
+        return datasets.IterableDatasetDict(
+            {"train": datasets.IterableDataset.from_generator(rows)}
+        )
+
+    monkeypatch.setattr(_tables, "_hub_has", lambda repository: True)
+    monkeypatch.setattr(_tables.datasets, "load_dataset", hub)
+    found = load_text("owner/name/sample", context=8, documents=40)
+    assert asked == [("owner/name", "sample", True)]
+    assert found.digest == alone.digest
+    monkeypatch.setattr(_tables, "_hub_has", lambda repository: False)
+    with fails("cannot be reached to stream from; leave out --documents to use what the local"):
+        load_text("owner/name/sample", context=8, documents=40)
 
 
 # How it is cut
@@ -264,11 +314,50 @@ def test_tokenizers_that_do_not_fit(tmp_path):
     words = tokenizer(tmp_path / "words.json", [], model="words")
     with fails("tokenizer cannot cut a text into its tokens"):
         load_text(folder, context=8, tokenizer=words)
-    with fails("tokenizer 'byte' is not a file; expected 'chars', 'bytes' or the file of a token"):
+    with fails("tokenizer 'byte' is not a file; expected 'chars', 'bytes', the file of a tok"):
         load_text(folder, context=8, tokenizer="byte")
     (tmp_path / "broken.json").write_text("{}")
     with fails("broken.json' is not a tokenizer's file"):
         load_text(folder, context=8, tokenizer=str(tmp_path / "broken.json"))
+
+
+def without_response(kind):
+    """An error of the hub's library, some of which need a response to be made of."""
+    return type(kind.__name__, (kind,), {"__init__": lambda self: None})()
+
+
+def test_a_tokenizer_of_the_hub(tmp_path, monkeypatch):
+    """Its file is asked for by name, and what keeps it from coming is said in a sentence."""
+    texts = documents(40)
+    folder = write(tmp_path / "docs", {f"{i}.txt": text for i, text in enumerate(texts)})
+    path = tokenizer(tmp_path / "kept.json", texts)
+    answers = {
+        "owner/model": path,
+        "owner/none": without_response(errors.RepositoryNotFoundError),
+        "owner/other": without_response(errors.EntryNotFoundError),
+        "owner/far": without_response(errors.LocalEntryNotFoundError),
+        "owner/slow": TimeoutError(),
+    }
+
+    def download(name, file, **options):
+        assert file == "tokenizer.json"
+        answer = answers[name]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    by_name = load_text(folder, context=8, tokenizer="owner/model")
+    assert by_name.digest == load_text(folder, context=8, tokenizer=path).digest
+    for name, message in {
+        "owner/none": "tokenizer 'owner/none' is neither a file nor a public model on the Hugging",
+        "owner/other": "is a model on the Hugging Face hub without a tokenizer.json",
+        "owner/far": "is not a file, and the Hugging Face hub cannot be reached",
+        "owner/slow": "is not a file, and the Hugging Face hub cannot be reached",
+        "path/to/tokenizer.json": "tokenizer 'path/to/tokenizer.json' is not a file; expected",
+    }.items():
+        with fails(message):
+            load_text(folder, context=8, tokenizer=name)
 
 
 # What is turned down
@@ -379,6 +468,29 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, book, monkeypatch,
     assert bits(tmp_path / "cut") == bits(tmp_path / "whole")
     samples = [(tmp_path / name / "sample.txt").read_bytes() for name in ("cut", "whole")]
     assert samples[0] == samples[1]
+
+
+def test_a_command_as_for_a_large_set_of_the_hub(tmp_path):
+    """A table with documents alone, a tokenizer, a limit, and a batch in parts; and its resumption.
+
+    The options are those that docs/tokens.md has for FineWeb.
+    """
+    texts = documents(300)
+    words = tokenizer(tmp_path / "tokenizer.json", texts)
+    parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", text=texts, id=range(300))
+    options = "--network gpt/2/16/2 --tied --context 16 --batch-size 8 --accumulate 2 --tangents 2"
+    arguments = [
+        *("train", "--dataset", str(tmp_path / "set"), "--tokenizer", words, *options.split()),
+        *("--algorithm", "lg-fg-a", "--documents", "100", "--iterations", "6", "--eval-steps", "3"),
+        *("--log-every", "1", "--out", str(tmp_path / "run"), "--resume"),
+    ]
+    assert main(arguments) == 0
+    found = summary(tmp_path / "run")
+    assert found["steps"] == 6
+    assert found["validation_loss"] > 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["documents"] == 100
+    assert main([*arguments, "--documents", "200"]) == 2
 
 
 @pytest.mark.parametrize(

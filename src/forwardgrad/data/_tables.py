@@ -4,7 +4,7 @@ import contextlib
 import glob
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from forwardgrad._errors import InputError
 from forwardgrad.data._access import CachedTable, ParquetTable, Table, read_footers, reason
 
-# Seconds before a hub that does not answer counts as out of reach.
-_HUB_TIMEOUT = 5.0
+HUB_TIMEOUT = 5.0
+"""Seconds before a hub that does not answer counts as out of reach."""
+
 _TEST_SPLITS = ("test", "validation", "valid", "val")
 
 
@@ -141,30 +142,44 @@ def from_hub(
     cache does not have it either, has no train and test split, or has no parquet files to stream.
     """
     what = f"dataset {name!r} on the Hugging Face hub"
-    with _hub(name, repository, stream):
+    with _hub(name, repository, "--stream" if stream else None):
         return _splits(repository, repository, test_split, what, stream)
 
 
-def hub_splits(name: str, repository: str, *configuration: str) -> datasets.DatasetDict:
+def hub_splits(
+    name: str, repository: str, *configuration: str, first: int | None = None
+) -> Mapping[Any, datasets.Dataset]:
     """All splits of a data set on the hub, of the configuration if it has several.
+
+    With `first`, only so many rows of each, and no more is downloaded than holds them.
 
     **Raises:**
 
     `InputError` as `from_hub`.
     """
-    with _hub(name, repository, stream=False):
-        return _load(repository, *configuration)
+    with _hub(name, repository, "--documents" if first is not None else None):
+        if first is None:
+            return _load(repository, *configuration)
+        streams = _load(repository, *configuration, streaming=True)
+        return {k: _first_rows(rows, first) for k, rows in streams.items()}
+
+
+def _first_rows(rows: datasets.IterableDataset, count: int) -> datasets.Dataset:
+    return datasets.Dataset.from_list(list(rows.take(count)), features=rows.features)
 
 
 @contextlib.contextmanager
-def _hub(name: str, repository: str, stream: bool) -> Iterator[None]:
-    """The hub, or without it the local cache; what goes wrong becomes an `InputError`."""
+def _hub(name: str, repository: str, stream: str | None) -> Iterator[None]:
+    """The hub, or without it the local cache; what goes wrong becomes an `InputError`.
+
+    `stream` is the option, if there is one, that wants rows of the hub itself.
+    """
     with quiet():
         reachable = _hub_has(repository)
         if stream and not reachable:
             raise InputError(
                 f"dataset {name!r}: the Hugging Face hub ({datasets.config.HF_ENDPOINT}) cannot be "
-                "reached to stream from; leave out --stream to use what the local cache has"
+                f"reached to stream from; leave out {stream} to use what the local cache has"
             )
         try:
             with contextlib.nullcontext() if reachable else _offline():
@@ -246,7 +261,7 @@ def _hub_has(repository: str) -> bool:
     """Whether the hub answers; asked once, since `load_dataset` would retry for minutes."""
     hub = huggingface_hub.HfApi(endpoint=datasets.config.HF_ENDPOINT)
     try:
-        hub.dataset_info(repository, timeout=_HUB_TIMEOUT)
+        hub.dataset_info(repository, timeout=HUB_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise InputError(
             f"dataset {repository!r} is unknown: the Hugging Face hub has no public data set "

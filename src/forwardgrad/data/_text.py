@@ -22,7 +22,7 @@ from forwardgrad.data._dataset import Batch, Share, Split, part_of
 from forwardgrad.data._load import NAMES, RESIDENT_LIMIT, data_folder
 from forwardgrad.data._stream import StreamedSplit
 from forwardgrad.data._tables import cached_parquet, folder_splits, hub_splits, quiet
-from forwardgrad.data._vocabulary import Bytes, Characters, Vocabulary, tokenizer_file
+from forwardgrad.data._vocabulary import Bytes, Characters, Vocabulary, pieces_of
 
 TEXT = "text"
 """The name of the text that every Python has."""
@@ -137,6 +137,7 @@ def load_text(
     text_column: str | None = None,
     tokenizer: str = "chars",
     context: int = 64,
+    documents: int | None = None,
     resident_limit: int = RESIDENT_LIMIT,
 ) -> Text:
     """A text, from a file, a folder, the Hugging Face hub, or this Python.
@@ -156,8 +157,11 @@ def load_text(
     - `text_column`: the column of the text in a table. Default: `text`, else the only column of
         strings.
     - `tokenizer`: `"chars"`: each character of the text is a token (of the training split, if there
-        is another for test); `"bytes"`; or a file of the library `tokenizers`.
+        is another for test); `"bytes"`; a file of the library `tokenizers`; or `"owner/name"`, a
+        model on the hub that has one.
     - `context`: the length of a window.
+    - `documents`: take only so many documents of each split, the first ones. Of a data set on the
+        hub, no more is downloaded than holds them. Default: all.
     - `resident_limit`: bytes of tokens, as inputs and labels, that are held in memory.
 
     **Returns:**
@@ -177,15 +181,18 @@ def load_text(
     """
     if context < 1:
         raise InputError(f"context must be at least 1, got {context}")
-    found = _found(name, data_folder(data_dir))
-    given = {k: _column(table, text_column) for k, table in found.items()}
+    if documents is not None and documents < 1:
+        raise InputError(f"documents must be at least 1, got {documents}")
+    found = _found(name, data_folder(data_dir), documents)
+    first = {k: _first(table, documents) for k, table in found.items()}
+    given = {k: _column(table, text_column) for k, table in first.items()}
     splits = _all_splits(given)
     if tokenizer == "chars":
         # Of all that was split here, for else a rare letter could not be tested.
         own = given.values() if len(given) == 1 else [splits["train"]]
         vocabulary = Characters.of(text for table in own for text in _texts(table))
     else:
-        vocabulary = Bytes() if tokenizer == "bytes" else tokenizer_file(tokenizer)
+        vocabulary = Bytes() if tokenizer == "bytes" else pieces_of(tokenizer)
     cut = {k: _windows(table, vocabulary, tokenizer, context) for k, table in splits.items()}
     resident = 8 * context * sum(map(len, cut.values())) <= resident_limit
     train, validation, test = (
@@ -210,7 +217,14 @@ def _tokens(rows: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(rows["tokens"], np.int32)
 
 
-def _found(name: str, data_dir: Path | None) -> dict[str, CachedTable]:
+def _first(table: CachedTable, documents: int | None) -> CachedTable:
+    if documents is None or documents >= len(table.rows):
+        return table
+    with quiet():
+        return CachedTable(table.rows.select(range(documents)), table.where)
+
+
+def _found(name: str, data_dir: Path | None, documents: int | None) -> dict[str, CachedTable]:
     """The tables of `name`, by split: this Python's, under `data_dir`, local, or on the hub."""
     if name == TEXT:
         topics = importlib.import_module("pydoc_data.topics").topics
@@ -225,7 +239,7 @@ def _found(name: str, data_dir: Path | None) -> dict[str, CachedTable]:
         if data_dir is not None:
             raise InputError(f"dataset {name!r} is not in the data folder {data_dir}")
         repository, configuration = "/".join(words[:2]), words[2:]
-        tables = hub_splits(name, repository, *configuration)
+        tables = hub_splits(name, repository, *configuration, first=documents)
         return _known_splits(tables, f"dataset {name!r} on the Hugging Face hub")
     if "/" in name or "." in name:
         raise InputError(f"dataset {name!r} is neither a file nor a folder")

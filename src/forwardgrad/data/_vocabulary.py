@@ -1,6 +1,7 @@
-"""From text to tokens and back: characters, bytes, or the pieces of a tokenizer file."""
+"""From text to tokens and back: characters, bytes, or the pieces of a tokenizer."""
 
 import abc
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ from jaxtyping import Int, Int32
 
 from forwardgrad._errors import InputError
 from forwardgrad._files import local
+from forwardgrad.data._tables import HUB_TIMEOUT, quiet
 
 if TYPE_CHECKING:
     import tokenizers
+
+_FILE = "tokenizer.json"
 
 Ids = Int32[np.ndarray, " tokens"]
 
@@ -156,21 +160,21 @@ class Pieces(Vocabulary):
         return self.tokenizer.to_str()
 
 
-def tokenizer_file(name: str) -> Pieces:
-    """The vocabulary in a `tokenizer.json` of the library `tokenizers`.
+def pieces_of(name: str) -> Pieces:
+    """The vocabulary of a tokenizer of the library `tokenizers`: a file, or a name on the hub.
+
+    On the hub it is the `tokenizer.json` of a model, `"owner/name"`. It is kept in the hub
+    library's cache, and is read from there if the hub cannot be reached.
 
     **Raises:**
 
-    `InputError` if there is no such file, or it is not one.
+    `InputError` if there is none, or it is not one.
     """
     import tokenizers
 
     path = local(Path(name), "tokenizer")
     if not path.is_file():
-        raise InputError(
-            f"tokenizer {name!r} is not a file; expected 'chars', 'bytes' or the file of a "
-            "tokenizer (tokenizer.json)"
-        )
+        path = _from_hub(name)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
@@ -180,3 +184,34 @@ def tokenizer_file(name: str) -> Pieces:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return Pieces(tokenizer)
+
+
+def _from_hub(name: str) -> Path:
+    """A model's tokenizer, downloaded once."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    what = f"tokenizer {name!r}"
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise InputError(
+            f"{what} is not a file; expected 'chars', 'bytes', the file of a tokenizer "
+            "(tokenizer.json), or a model on the Hugging Face hub that has one (owner/name)"
+        )
+    try:
+        with quiet():
+            found = huggingface_hub.hf_hub_download(name, _FILE, etag_timeout=HUB_TIMEOUT)
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise InputError(
+            f"{what} is neither a file nor a public model on the Hugging Face hub"
+        ) from error
+    except Exception as error:  # name service, proxy, timeout, 5xx: depends on the HTTP library
+        local_too = isinstance(error, errors.LocalEntryNotFoundError)
+        if isinstance(error, errors.EntryNotFoundError) and not local_too:
+            raise InputError(
+                f"{what} is a model on the Hugging Face hub without a {_FILE}"
+            ) from error
+        raise InputError(
+            f"{what} is not a file, and the Hugging Face hub cannot be reached for a model of that "
+            "name, of which its local cache has no tokenizer"
+        ) from error
+    return Path(found)

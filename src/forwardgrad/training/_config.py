@@ -98,10 +98,13 @@ class TextSettings(Settings):
     text_column: str | None = None
     """Column of the text in a table. Default: text, else the only one of strings."""
     tokenizer: str = "chars"
-    """What a token is: one of the text's characters (chars), a byte (bytes), or what the file of a
-    tokenizer says (tokenizer.json)."""
+    """What a token is: one of the text's characters (chars), a byte (bytes), or what a tokenizer
+    says: a file (tokenizer.json), or a model of the Hugging Face hub that has one (OWNER/NAME)."""
     context: Count = 64
     """Tokens of a window, each of which is predicted from those before it."""
+    documents: Count | None = None
+    """Take only so many documents of each split, the first; of a data set on the hub, no more is
+    downloaded. Default: all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

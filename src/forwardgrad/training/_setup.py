@@ -235,6 +235,7 @@ def load_data(config: TrainConfig) -> Dataset | Text:
             text_column=settings.text_column,
             tokenizer=settings.tokenizer,
             context=settings.context,
+            documents=settings.documents,
         )
     if holds_text(config.dataset):
         raise InputError(
