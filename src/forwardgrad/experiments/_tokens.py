@@ -43,10 +43,12 @@ TANGENTS = 16
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0},
+    "causal": {"mixing": "causal"},
     "mixing": {"exact_mixing": True},
     "direct": {"exact_direct": True},
     "dense": {"structure": "dense"},
     "exact": {"exact_mixing": True, "exact_direct": True},
+    "balance": {"balance": "relative"},
 }
 """What can be added to an algorithm."""
 
@@ -68,7 +70,8 @@ class TokensOptions(RunOptions):
         *("bp", "bp+sgd", "lg-bp", "fg-w", "fg-a", "lg-fg-a", "fg-a+exact", "lg-fg-a+exact"),
         *("lg-fg-a@4", "lg-fg-a+exact@4", "lg-fg-a@64", "lg-fg-a+exact@64", "np@256"),
     )
-    """Algorithms, with +mixing, +direct, +exact (both), +sgd and @TANGENTS: lg-fg-a+exact@16."""
+    """Algorithms, with +causal, +mixing, +direct, +exact (the last two), +balance, +dense,
+    +sgd and @TANGENTS."""
     networks: tuple[str, ...] = ("gpt/2/128",)
     """Decoders: gpt/LAYERS/WIDTH."""
     dataset: str = "text"
