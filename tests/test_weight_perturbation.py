@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 import forwardgrad as fg
-from forwardgrad.estimators._distributions import draw_dense, draw_small, rademacher
+from forwardgrad.estimators._distributions import (
+    axis_of_words,
+    draw_dense,
+    draw_small,
+    rademacher,
+)
 from forwardgrad.rewrite import Program
 from helpers import build, directional, dot, size
 
@@ -309,8 +314,38 @@ def test_rademacher(shape):
     assert jnp.all(jnp.abs(signs) == 1)
 
 
-def test_rademacher_uses_every_bit():
-    signs = np.asarray(rademacher(jax.random.key(0), (1000, 32)))
+@pytest.mark.parametrize("shape", [(5, 7), (5, 32, 2), (2, 65), (0, 3), (3, 0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rademacher_along_an_axis(shape, axis):
+    """The signs along the axis are those of words, one for each place along the others."""
+    words = list(shape)
+    words[axis] = -(-shape[axis] // 32)
+    drawn = np.asarray(jax.random.bits(jax.random.key(0), words, jnp.uint32))
+    expected = np.empty(shape, np.float32)
+    for place in np.ndindex(shape):
+        word = list(place)
+        word[axis], bit = divmod(place[axis], 32)
+        expected[place] = -2.0 if drawn[tuple(word)] >> bit & 1 else 2.0
+    signs = rademacher(jax.random.key(0), shape, 2.0, axis)
+    assert signs.dtype == jnp.float32
+    np.testing.assert_array_equal(signs, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut", "axis"),
+    [
+        ((64, 32), {0}, 1), ((32, 64), {1}, 0), ((16, 32, 64, 1), {0, 2, 3}, 1), ((8, 16), {0}, 1),
+        ((64, 33), {0}, 1), ((64, 4), {0}, None), ((64,), {0}, None), ((), set(), None),
+        ((64, 15), set(), 0), ((8, 40, 64), {0}, 2),
+    ],
+)  # fmt: skip
+def test_axis_of_words(shape, cut, axis):
+    assert axis_of_words(shape, cut) == axis
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_rademacher_uses_every_bit(axis):
+    signs = np.asarray(rademacher(jax.random.key(0), (1000, 32), axis=axis))
     assert np.max(np.abs(signs.mean(0))) < 5 / math.sqrt(1000)
     assert np.max(np.abs(signs.T @ signs / 1000 - np.eye(32))) < 5 / math.sqrt(1000)
 

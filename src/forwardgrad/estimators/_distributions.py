@@ -2,12 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact, Key
+from jaxtyping import Array, Bool, Float, Inexact, Key
 
 Distribution: TypeAlias = Literal["rademacher", "normal", "sphere"]
 
@@ -38,8 +38,15 @@ def feedback_key(seed: int) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), seed)
 
 
+WORD = 32
+"""Bits of a random word, each of which is a sign."""
+
+
 def rademacher(
-    key: Key[Array, ""], shape: Sequence[int], scale: Float[Array, "..."] | float = 1.0
+    key: Key[Array, ""],
+    shape: Sequence[int],
+    scale: Float[Array, "..."] | float = 1.0,
+    axis: int | None = None,
 ) -> Float[Array, "..."]:
     """Independent signs, -1 or 1 with equal probability, times `scale`.
 
@@ -50,15 +57,42 @@ def rademacher(
     - `key`: a random key.
     - `shape`: the shape of the result.
     - `scale`: in a shape that broadcasts to it.
+    - `axis`: the one along which a word's signs lie. If the result is cut along other axes, each
+        device draws its own part. Default: they lie along the flattened result, which every
+        device draws as a whole.
 
     **Returns:**
 
     An array of that shape.
     """
-    size = math.prod(shape)
-    words = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
-    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
-    return jnp.where((bits == 1).reshape(-1)[:size].reshape(shape), -scale, scale)
+    if axis is None:
+        negative = _bits(key, (math.prod(shape),), 0).reshape(shape)
+    else:
+        negative = _bits(key, shape, axis)
+    return jnp.where(negative, -scale, scale)
+
+
+def _bits(key: Key[Array, ""], shape: Sequence[int], axis: int) -> Bool[Array, "..."]:
+    """Random bits, of which those of a word lie along an axis."""
+    before, size, after = shape[:axis], shape[axis], shape[axis + 1 :]
+    count = -(-size // WORD)
+    # Drawn without axes of 1: XLA counts once for all draws of a shape.
+    words = jax.random.bits(key, [n for n in (*before, count, *after) if n != 1], jnp.uint32)
+    words = words.reshape(*before, count, 1, *after)
+    places = jax.lax.broadcasted_iota(
+        jnp.uint32, (*[1] * (axis + 1), WORD, *[1] * len(after)), axis + 1
+    )
+    bits = ((words >> places) & 1 == 1).reshape(*before, count * WORD, *after)
+    return jax.lax.slice_in_dim(bits, 0, size, axis=axis)
+
+
+def axis_of_words(shape: Sequence[int], cut: Collection[int]) -> int | None:
+    """An axis along which signs can be drawn, so that devices can cut the array along `cut`.
+
+    The last one that is long enough for words to be half used at least; None if none is.
+    """
+    long = [a for a, n in enumerate(shape) if a not in cut and 2 * n >= WORD * -(-n // WORD)]
+    return long[-1] if long else None
 
 
 def draw_dense(
@@ -108,16 +142,18 @@ def draw(
     distribution: Distribution,
     scale: Float[Array, "..."] | float = 1.0,
     dtype: Any = jnp.float32,
+    axis: int | None = None,
 ) -> Inexact[Array, "..."]:
     """One array of independent entries, or a vector on the sphere, times `scale`.
 
-    Of a complex one, real and imaginary part are independent, each with unit variance.
+    Of a complex one, real and imaginary part are independent, each with unit variance. `axis` is
+    that of `rademacher`.
     """
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        parts = draw(key, (2, *shape), distribution)
+        parts = draw(key, (2, *shape), distribution, axis=None if axis is None else axis + 1)
         return (scale * jax.lax.complex(parts[0], parts[1])).astype(dtype)
     if distribution == "rademacher":
-        return rademacher(key, shape, scale)
+        return rademacher(key, shape, scale, axis)
     z = jax.random.normal(key, tuple(shape))
     return scale * (to_sphere(z, range(z.ndim)) if distribution == "sphere" else z)
 

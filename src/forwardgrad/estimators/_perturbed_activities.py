@@ -14,7 +14,13 @@ from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._losses import Losses
 from forwardgrad.estimators._base import AbstractEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
-from forwardgrad.estimators._distributions import DISTRIBUTIONS, Distribution, draw, portable
+from forwardgrad.estimators._distributions import (
+    DISTRIBUTIONS,
+    Distribution,
+    axis_of_words,
+    draw,
+    portable,
+)
 from forwardgrad.estimators._mixing import TOKEN, Mixing, check_mixing, check_tokens
 from forwardgrad.estimators._steering import (
     at_iterations,
@@ -224,7 +230,10 @@ class AbstractPerturbedActivities(AbstractEstimator):
         """The k-th tangent of an activation, times `scale`."""
         z = activation.value
         key = jax.random.fold_in(key, k)
-        u = draw(key, z.shape, self.distribution, scale, computed_in(z.dtype)).astype(z.dtype)
+        # Examples, which devices share, are drawn apart.
+        axis = axis_of_words(z.shape, activation.kept)
+        u = draw(key, z.shape, self.distribution, scale, computed_in(z.dtype), axis)
+        u = u.astype(z.dtype)
         return u if activation.mask is None else jnp.where(activation.mask, u, 0)
 
     def _gradient(self, activation: Activation, changes: Losses, given: "_Given") -> Array:

@@ -80,6 +80,12 @@ class Activation(eqx.Module):
         parts = tuple(p._replace(axis=p.axis + self.stacked) for p in place.parts)
         return Place(parts, place.mixed)
 
+    @property
+    def kept(self) -> frozenset[int]:
+        """Its axes that axes of the losses are known to lie along, loops being the first."""
+        found = [p.axis for _, place in self.places for p in place.parts or ()]
+        return frozenset(axis + self.stacked for axis in found)
+
     def each(self, function: Callable, *args: Any) -> Any:
         """`function(activation, *args)` of the activation of every iteration, stacked alike."""
         if not self.stacked:

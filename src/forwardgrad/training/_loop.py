@@ -47,7 +47,7 @@ from forwardgrad.training._state import TrainState
 CHUNK_SECONDS = 1.0
 """How long the compiled loop runs before it looks at signals, the clock and the terminal."""
 
-DRAWS = 2
+DRAWS = 3
 """The version of how tangents and feedback weights are drawn, which a run keeps to its end."""
 
 
