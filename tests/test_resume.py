@@ -464,6 +464,63 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(halfway, whole, monk
     assert bits(halfway) == bits(whole)
 
 
+def test_a_signal_in_the_middle_of_a_save(whole, tmp_path, monkeypatch):
+    """A checkpoint is absent until it is whole, and the run stops with one."""
+    out, seen, digests = tmp_path / "run", [], _checkpoint._digests
+
+    def slow(where):
+        if not seen:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+            seen.append((where.exists(), checkpoints(out)))
+        return digests(where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_checkpoint, "_digests", slow)
+        with pytest.raises(Interrupted):
+            fit(small(out, checkpoint_every=1e-6))
+    assert seen == [(True, [])]
+    assert checkpoints(out)
+    assert "is damaged" not in " ".join(finish(out))
+    assert bits(out) == bits(whole)
+
+
+SAVES = """
+import json, pathlib, sys, time
+from forwardgrad.training import _checkpoint, fit
+from forwardgrad.training._config import fitting
+digests, calls = _checkpoint._digests, []
+def slow(where):
+    calls.append(where)
+    if len(calls) == 2:
+        print("saving", flush=True)
+        time.sleep(600)
+    return digests(where)
+_checkpoint._digests = slow
+settings = json.loads(sys.argv[1])
+fit(fitting(**{**settings, "out": pathlib.Path(settings["out"])}))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_in_the_middle_of_a_save(whole, tmp_path):
+    """The second signal does not wait for the checkpoint, which is then absent."""
+    out = tmp_path / "run"
+    settings = json.dumps({**SMALL, "out": str(out), "checkpoint_every": 1e-6})
+    process = subprocess.Popen([sys.executable, "-c", SAVES, settings], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert b"saving\n" in iter(process.stdout.readline, b"")
+    while process.poll() is None:
+        process.terminate()
+        time.sleep(0.1)
+    process.communicate()
+    assert process.returncode == -signal.SIGTERM
+    assert len(checkpoints(out)) == 1
+    assert len(list((out / "checkpoints").glob("*tmp*"))) == 1
+    assert "is damaged" not in " ".join(finish(out))
+    assert bits(out) == bits(whole)
+
+
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "commit_success.txt"])
 def test_a_file_of_a_checkpoint_that_is_not_needed(halfway, whole, name):
     """It has no digest, for Orbax writes it after all others."""
