@@ -108,10 +108,14 @@ class Run:
         """Its last checkpoint."""
         return self.out / "checkpoints" / str(self.checkpoints()[-1])
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those of its last checkpoint."""
+        found = ocp.StandardCheckpointer().restore((self.newest / "arrays").absolute())
+        return {name: np.asarray(array) for name, array in found.items()}
+
     def bits(self) -> dict[str, bytes]:
-        """The arrays of its last checkpoint."""
-        arrays = ocp.StandardCheckpointer().restore((self.newest / "arrays").absolute())
-        return {name: np.asarray(array).tobytes() for name, array in arrays.items()}
+        """The same as bytes."""
+        return {name: array.tobytes() for name, array in self.arrays().items()}
 
     def under_way(self) -> list[ForkServerProcess]:
         """Its processes, when they have stored a checkpoint."""

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import faults
 from forwardgrad.cli import main
+from forwardgrad.training import read_run
 
 SCRIPT = Path(__file__).with_name("processes.py")
+TRAIN = "--network mlp --width 16 --algorithm bp --iterations 8 --log-every 1"
+ROLES = {1: "1 process", 2: "2 processes, worker"}
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
 
@@ -23,6 +27,16 @@ def address() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"localhost:{free.getsockname()[1]}"
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("localhost", port)) != 0
+
+
+def port_of_job(number: int) -> int:
+    """Where JAX has the coordinator of a Slurm job."""
+    return 2**16 - 2**12 + number % 2**12
 
 
 def done(*processes: subprocess.Popen) -> list[tuple[int, str]]:
@@ -77,6 +91,47 @@ def test_random_kills_of_one_process_of_two(tmp_path, monkeypatch):
     whole = faults.Run(tmp_path / "whole", 2, 150)
     whole.finish()
     assert run.bits() == whole.bits()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, first, then):
+    """By the command: to rounding, where as many would go on to the bit."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    run, whole = (faults.Run(tmp_path / name, n, 400) for name, n in (("run", first), ("whole", 1)))
+    assert faults.hit(run, first - 1, signal.SIGTERM, 0) == (f"SIGTERM, {ROLES[first]}", "")
+    run.processes = then
+    run.finish()
+    whole.finish()
+    found, expected = run.arrays(), whole.arrays()
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        # One example of a batch may be on the other side.
+        limits = {"atol": 1, "rtol": 0} if name == ".errors" else {"atol": 1e-4, "rtol": 1e-3}
+        np.testing.assert_allclose(found[name], array, err_msg=name, **limits)
+
+
+@pytest.mark.slow
+def test_what_slurm_says(tmp_path):
+    """`--coordinator auto`, with the variables that Slurm gives each task of a step."""
+    job = next(number for number in range(os.getpid(), 2**22) if is_free(port_of_job(number)))
+    step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+
+    def train(count, *options):
+        words = ["-m", "forwardgrad", "train", *TRAIN.split(), *options]
+        tasks = [{**step, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
+        return done(*[start(*words, **task) for task in tasks])
+
+    for code, said in train(2, "--coordinator", "auto", "--batch-size", "63"):
+        assert code == 2
+        assert "must be a multiple of the number of devices, which is 2" in said
+    for code, said in train(2, "--coordinator", "auto", "--out", str(tmp_path / "two")):
+        assert not code, said
+    # Without the option, a task trains alone.
+    ((code, said),) = train(1, "--out", str(tmp_path / "one"))
+    assert not code, said
+    two, one = (read_run(tmp_path / name)[0].measurements for name in ("two", "one"))
+    np.testing.assert_allclose([m.loss for m in two], [m.loss for m in one], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
