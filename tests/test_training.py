@@ -154,14 +154,15 @@ def test_settings_of_another_algorithm():
 
 
 @pytest.mark.parametrize("rule", ["relative", "absolute"])
-def test_balance_is_an_option_of_perturbed_activities(rule):
-    plain = configure(algorithm="lg-fg-a", tangents=3)
+@pytest.mark.parametrize("algorithm", ["lg-fg-a", "np", "lg-fg-w"])
+def test_balance_is_an_option_of_perturbations(rule, algorithm):
+    plain = configure(algorithm=algorithm, tangents=3)
     assert plain.wrapped_estimator is plain.estimator
-    config = configure(algorithm="lg-fg-a", tangents=3, balance=rule)
+    config = configure(algorithm=algorithm, tangents=3, balance=rule)
     assert config.estimator == plain.estimator
     assert config.wrapped_estimator == BalancedTangents(plain.estimator, rule)
     assert configure(**options_of(config)) == config
-    given = {"algorithm": "lg-fg-a", "tangents": 3, "balance": rule}
+    given = {"algorithm": algorithm, "tangents": 3, "balance": rule}
     assert not_default(config) == given
     assert configure(**given) == config
 

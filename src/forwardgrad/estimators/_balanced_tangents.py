@@ -1,9 +1,7 @@
-"""Activity perturbation with tangents as long as each layer needs them."""
+"""Perturbation with tangents as long as each layer needs them."""
 
-import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
@@ -11,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from forwardgrad._errors import MOST, InputError, unknown_name, with_article
+from forwardgrad.estimators._balanced_layers import Layers, balanced, count_of
 from forwardgrad.estimators._base import AbstractStatefulEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, explained
 from forwardgrad.estimators._distributions import feedback_key, portable
 from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities
-from forwardgrad.estimators._steering import at_iterations, check_no_refs, check_one_by_one
-from forwardgrad.rewrite import Activation, Hooks, Program
+from forwardgrad.estimators._weight_perturbation import WeightPerturbation
+from forwardgrad.rewrite import Program
 
 Rule: TypeAlias = Literal["relative", "absolute"]
 
@@ -26,14 +25,12 @@ SMALLEST = 1e-16
 LONGEST = 2.0**15
 """No entry's tangent is longer, so that half precision holds it."""
 
-KEPT = 0.5
-"""What is kept of an earlier measurement when a layer is measured again."""
-
 
 class Balance(eqx.Module):
     """What [`forwardgrad.BalancedTangents`][] remembers.
 
-    - `power`: of each layer, the sum of squares of the losses' changes along its tangent alone.
+    - `power`: of each layer, the sum of squares of the losses' changes along its tangent alone, or
+        of a parameter the square of their sum.
     - `steps`: the number of steps so far.
     - `estimator`, `layers`: whose they are.
     """
@@ -44,32 +41,8 @@ class Balance(eqx.Module):
     layers: tuple[int, ...] = eqx.field(static=True)
 
 
-class _Layer(NamedTuple):
-    """Where an activation's powers are, how many of its entries share a loss, and which losses.
-
-    `loops` are those around it in which its weights change, as positions and lengths: each of their
-    iterations has a power of its own.
-    """
-
-    first: int
-    entries: float
-    terms: frozenset[int]
-    loops: tuple[tuple[int, int], ...]
-
-    @property
-    def iterations(self) -> int:
-        return math.prod(length for _, length in self.loops)
-
-    def own(self, array: Array, activation: Activation) -> Array:
-        """The entry that belongs to one iteration of these loops."""
-        own = array[self.first : self.first + self.iterations]
-        own = own.reshape([length for _, length in self.loops])
-        iterations = tuple(activation.iterations[i] for i, _ in self.loops)
-        return at_iterations(own, activation.site._replace(iterations=iterations))
-
-
 class BalancedTangents(AbstractStatefulEstimator):
-    r"""Perturbed activities with longer tangents where the losses hear less of them.
+    r"""Perturbed activities or weights, with longer tangents where the losses hear less of them.
 
     One directional derivative $d$ is shared by all layers, and so is its noise. If one layer's
     gradient is much larger than another's, the other's estimate is all noise. Here layer m gets the
@@ -84,17 +57,31 @@ class BalancedTangents(AbstractStatefulEstimator):
     $$s_m^2 = \sqrt{N_m} / P_m,$$
 
     and the absolute error for $s_m^2 = \sqrt{N_m / P_m}$. Scales are divided by a common factor, so
-    that an entry is perturbed as much as without them on average.
+    that an entry is perturbed as much as without them on average. Blocks with greedy losses, which
+    hear nothing of each other, have a factor each.
+
+    With [`forwardgrad.WeightPerturbation`][] a layer is a parameter, or a slice of a stack of them.
+    $N_m$ is the number of its entries, and $P_m = \lVert g_m \rVert^2$ with $g_m$ the gradient by
+    it. A scale multiplies one factor of a rank-one tangent. By the absolute rule, the total
+    variance of one tangent of signs is
+
+    $$\Bigl(\sum_m \sqrt{N_m}\, \lVert g_m \rVert\Bigr)^2 - \lVert g \rVert^2,$$
+
+    which is never more than the $(\sum_m N_m - 1) \lVert g \rVert^2$ of tangents that are not
+    balanced. This is for exact powers; measured ones cost a few per cent.
 
     The powers are the state. `init` measures all of them; then one layer in turn is measured every
     few steps, along a tangent in this layer alone. In a loop over layers, each of them has its own.
+    An activation's power is found from one tangent, because every loss has a change of its own. A
+    parameter's is the average over some 32 of them: those of `init`, then K each time.
 
     **Arguments:**
 
-    - `estimator`: an [`forwardgrad.ActivityPerturbation`][] or [`forwardgrad.NodePerturbation`][].
+    - `estimator`: an [`forwardgrad.ActivityPerturbation`][], [`forwardgrad.NodePerturbation`][] or
+        [`forwardgrad.WeightPerturbation`][].
     - `rule`: which error is least, the `"relative"` one or the `"absolute"` one.
     - `every`: the number of steps from one measurement to the next. One costs as much as a step
-        with one tangent.
+        with one tangent, and of weights as much as a step.
 
     **Raises:**
 
@@ -122,16 +109,12 @@ class BalancedTangents(AbstractStatefulEstimator):
     True
     """
 
-    estimator: AbstractPerturbedActivities
+    estimator: AbstractPerturbedActivities | WeightPerturbation
     rule: Rule = "relative"
     every: int = 4
 
     def __check_init__(self):
-        if not isinstance(self.estimator, AbstractPerturbedActivities):
-            raise InputError(
-                "estimator must be an ActivityPerturbation or NodePerturbation, got "
-                f"{self.estimator!r}"
-            )
+        balanced(self.estimator)
         if self.rule not in get_args(Rule):
             raise unknown_name("rule", str(self.rule), get_args(Rule))
         if not isinstance(self.every, int) or not 1 <= self.every <= MOST:
@@ -156,15 +139,15 @@ class BalancedTangents(AbstractStatefulEstimator):
 
     def init(self, fun: Objective, params: PyTree[Array]) -> Balance:
         """The powers of all layers."""
-        program = self._program(fun, params)
-        layers = _layers(self.estimator, program)
+        how, program = balanced(self.estimator), self._program(fun, params)
+        layers = how.layers(program)
 
         @jax.jit
         def measured(leaves):
             def power(i):
-                return _power(self.estimator, program, leaves, layers, i, feedback_key(0))
+                return how.power(program, leaves, layers, i, feedback_key(0), how.first)
 
-            return jax.lax.map(power, jnp.arange(_count(layers)))
+            return jax.lax.map(power, jnp.arange(count_of(layers)))
 
         power = measured(program.leaves) if layers else jnp.zeros(0)
         return Balance(power, jnp.zeros((), jnp.int32), repr(self), _signature(layers))
@@ -174,20 +157,18 @@ class BalancedTangents(AbstractStatefulEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], Balance]:
         """The estimate by the powers in `state`, one of which is measured again."""
         assert key is not None
-        program = self._program(fun, params)
-        layers = _layers(self.estimator, program)
+        how, program = balanced(self.estimator), self._program(fun, params)
+        layers = how.layers(program)
         self._check(state, layers)
         scales = _scales(state.power, layers, self.rule)
-        result, grads = self.estimator._by_scales(
-            program, key, lambda a: layers[a.number].own(scales, a)
-        )
-        count = _count(layers)
+        result, grads = how.estimate(program, key, layers, scales)
+        count = count_of(layers)
 
         def again(power):
             i = (state.steps // self.every) % count
             own = jax.random.fold_in(portable(key), MOST)
-            new = _power(self.estimator, program, program.leaves, layers, i, own)
-            new = KEPT * power[i] + (1 - KEPT) * new
+            new = how.power(program, program.leaves, layers, i, own, how.again)
+            new = how.kept * power[i] + (1 - how.kept) * new
             return power.at[i].set(jnp.where(jnp.isfinite(new), new, power[i]))
 
         power = state.power
@@ -198,10 +179,8 @@ class BalancedTangents(AbstractStatefulEstimator):
         return result, grads, Balance(power, steps, state.estimator, state.layers)
 
     def _program(self, fun: Objective, params: PyTree[Array]) -> Program:
-        program = self.estimator._program(fun, params)
         name = type(self).__name__
-        check_one_by_one(program, name)
-        check_no_refs(program, name)
+        program = balanced(self.estimator).program(fun, params, name)
         if program.has_effects:
             raise InputError(f"fun must have no effects: {name} evaluates it again to measure")
         if program.collectives:
@@ -211,112 +190,52 @@ class BalancedTangents(AbstractStatefulEstimator):
             )
         return program
 
-    def _check(self, state: Any, layers: dict[int, _Layer]) -> None:
+    def _check(self, state: Any, layers: Layers) -> None:
         must = f"state must be the one that init returned for this function and {self!r}"
         if not isinstance(state, Balance):
             raise InputError(f"{must}, got {with_article(type(state).__name__)}")
         if state.estimator != repr(self):
             raise InputError(f"{must}, got that of {state.estimator}")
-        if state.layers != _signature(layers) or state.power.shape != (_count(layers),):
+        if state.layers != _signature(layers) or state.power.shape != (count_of(layers),):
             raise InputError(
-                f"{must}: it has powers of {state.power.size} layers, where {_count(layers)} are "
+                f"{must}: it has powers of {state.power.size} layers, where {count_of(layers)} are "
                 "needed, or of others"
             )
 
 
-def _count(layers: dict[int, _Layer]) -> int:
-    return sum(layer.iterations for layer in layers.values())
+def _signature(layers: Layers) -> tuple[int, ...]:
+    return tuple(n for number, layer in layers.items() for n in (number, layer.powers))
 
 
-def _signature(layers: dict[int, _Layer]) -> tuple[int, ...]:
-    return tuple(n for number, layer in layers.items() for n in (number, layer.iterations))
-
-
-def _layers(estimator: AbstractPerturbedActivities, program: Program) -> dict[int, _Layer]:
-    """The activations that are perturbed, by their numbers."""
-    not_perturbed = estimator._not_perturbed(program) | _direct(estimator, program)
-    hooks = Hooks(activation=lambda a: a.value)
-    noted = jax.eval_shape(
-        lambda leaves: program.with_hooks(leaves, hooks)[2].activations, program.leaves
-    )
-    found: dict[int, _Layer] = {}
-    first = 0
-    for a in noted:
-        if a.last or a.variable in not_perturbed:
-            continue
-        layer = program.plan.layers.get(id(program.plan.outputs[a.variable].eqn))
-        lengths = a.value.shape[: a.stacked]
-        loops = tuple((i, lengths[i]) for i in (() if layer is None else layer.own_loops))
-        own = math.prod(length for _, length in loops)
-        entries = a.value.size / own / _apart(a)
-        found[a.number] = _Layer(first, max(1.0, entries), a.terms, loops)
-        first += own
-    return found
-
-
-def _direct(estimator: AbstractPerturbedActivities, program: Program) -> frozenset[Any]:
-    """The activations that have their exact gradient, and no tangent."""
-    exact = estimator.exact_direct
-    return program.direct(estimator._not_perturbed(program)) if exact else frozenset()
-
-
-def _apart(activation: Activation) -> int:
-    """The number of losses that entries of an activation have for themselves."""
-    counts = [1]
-    for term in activation.terms:
-        names = [name for (t, name), _ in activation.places if t == term and name is not None]
-        places = [activation.place(term, name) for name in names]
-        parts = [p for place in places if not place.mixed for p in place.parts or ()]
-        counts.append(math.prod(p.size for p in parts))
-    return max(counts)
-
-
-def _power(
-    estimator: AbstractPerturbedActivities,
-    program: Program,
-    leaves: Sequence[Array],
-    layers: dict[int, _Layer],
-    i: Array,
-    key: Key[Array, ""],
-) -> Array:
-    """The power of the losses' change if only the i-th layer is perturbed."""
-    direct = _direct(estimator, program)
-    chosen = (jnp.arange(_count(layers)) == i).astype(jnp.float32)
-
-    def evaluate(eps, k, held=None, apart=False):
-        cut = jax.lax.stop_gradient if held is None else held
-
-        def perturb(a):
-            has_tangent = a.number in layers
-            if eps is None or not (has_tangent or a.variable in direct):
-                return a.value
-            z = cut(a.value) if apart else a.value
-            if not has_tangent:
-                return z
-            scale = layers[a.number].own(chosen, a)
-            return estimator._moved(eps, z, estimator._tangent(a.site.key(key), a, k, scale))
-
-        return program.with_hooks(leaves, Hooks(activation=perturb, held=held))[0], None
-
-    _, changes = dataclasses.replace(estimator, tangents=1, chunk=None)._changes(evaluate, program)
-    return sum([jnp.sum(jnp.square(c.astype(jnp.float32))) for c in changes], start=jnp.zeros(()))
-
-
-def _scales(power: Array, layers: dict[int, _Layer], rule: Rule) -> Array:
+def _scales(power: Array, layers: Layers, rule: Rule) -> Array:
     """How long the tangents of each layer are; one for each of `power`."""
     if not layers:
         return power
-    entries = jnp.concatenate([jnp.full(a.iterations, a.entries) for a in layers.values()])
-    groups = {terms: i for i, terms in enumerate(dict.fromkeys(a.terms for a in layers.values()))}
-    group = jnp.concatenate([jnp.full(a.iterations, groups[a.terms]) for a in layers.values()])
-    most = jax.ops.segment_max(power, group, len(groups))[group]
+    entries = jnp.concatenate([jnp.full(a.powers, a.entries) for a in layers.values()])
+    groups = _groups([a.terms for a in layers.values()])
+    group = jnp.concatenate(
+        [jnp.full(a.powers, g) for a, g in zip(layers.values(), groups, strict=True)]
+    )
+    most = jax.ops.segment_max(power, group, 1 + max(groups))[group]
     # What has no gradient yet may get one at any step: its noise must not be what all others hear.
     known = jnp.where(power > SMALLEST * most, power, most)
     known = jnp.where(known > 0, known, 1.0)
     squares = jnp.sqrt(entries) / known if rule == "relative" else jnp.sqrt(entries / known)
-    total = jax.ops.segment_sum(entries * squares, group, len(groups))
-    count = jax.ops.segment_sum(entries, group, len(groups))
+    total = jax.ops.segment_sum(entries * squares, group, 1 + max(groups))
+    count = jax.ops.segment_sum(entries, group, 1 + max(groups))
     return jnp.minimum(jnp.sqrt(squares * (count / total)[group]), LONGEST)
+
+
+def _groups(terms: Sequence[frozenset[int]]) -> list[int]:
+    """The numbers of groups whose layers hear each other's noise, directly or through others."""
+    merged: list[frozenset[int]] = []
+    for own in terms:
+        touched = [other for other in merged if other & own]
+        merged = [other for other in merged if not other & own] + [own.union(*touched)]
+    # What changes no loss is apart.
+    return [
+        next((i for i, other in enumerate(merged) if other & own), len(merged)) for own in terms
+    ]
 
 
 @explained.register

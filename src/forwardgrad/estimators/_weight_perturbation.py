@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ from forwardgrad.rewrite import (
 )
 
 Structure = Literal["rank-one", "dense"]
+
+Scales: TypeAlias = Mapping[int, Float[Array, "*slices"]]
+"""How long tangents are, by the position of a parameter: a number for each slice of a stack."""
 
 
 class WeightPerturbation(AbstractEstimator):
@@ -147,11 +150,19 @@ class WeightPerturbation(AbstractEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value and a forward gradient."""
         assert key is not None
-        program = Program(fun, params, twice=self.exact_last)
+        return self._by_scales(self._program(fun, params), key, None)
+
+    def _program(self, fun: Objective, params: PyTree[Array]) -> Program:
+        return Program(fun, params, twice=self.exact_last)
+
+    def _by_scales(
+        self, program: Program, key: Key[Array, ""], scales: Scales | None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
+        """The same, with tangents `s v` and the estimate `d v / s`."""
         # A stricter setting is for the caller's function, which is traced by now.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            found = self._measured(program, portable(key))
-            grads = self._combined(program.leaves, found.scalars, found.factors)
+            found = self._measured(program, portable(key), scales)
+            grads = self._combined(program.leaves, found.scalars, found.factors, scales)
         grads = [found.exact.get(i, grad) for i, grad in enumerate(grads)]
         return (found.scalars.value, found.aux), program.treedef.unflatten(grads)
 
@@ -195,18 +206,20 @@ class WeightPerturbation(AbstractEstimator):
         """The same estimator, whatever memory it may use."""
         return dataclasses.replace(self, chunk=None)
 
-    def _measured(self, program: Program, key: Key[Array, ""]) -> "_Measured":
-        check_typed(program.collectives, "WeightPerturbation")
-        exact = program.of_last_layers() if self.exact_last else []
-        if exact:
-            check_no_refs(program, "exact_last")
-        perturbed = [i for i in range(len(program.leaves)) if i not in exact]
-        parts = _partition(program, perturbed)
-        drawn = self._to_draw(program, parts)
-        factors = self._drawn(program.leaves, drawn, perturbed, key)
-        lookups = program.lookups if self.mask_rows else {}
-        layouts = [d.layout for d in drawn]
-        found = directional_derivatives(program, layouts, factors, self.chunk, lookups)
+    def _power(
+        self, program: Program, key: Key[Array, ""], scales: Scales, tangents: int
+    ) -> Float[Array, ""]:
+        """The mean square of the losses' change along tangents of these lengths, or of none."""
+        scales = {i: scales.get(i, jnp.zeros(())) for i in range(len(program.leaves))}
+        plain = dataclasses.replace(self, tangents=tangents, exact_last=False)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            found = plain._along(program, portable(key), scales).found
+        return jnp.mean(jnp.square(jnp.sum(found.changes, axis=1)))
+
+    def _measured(
+        self, program: Program, key: Key[Array, ""], scales: Scales | None = None
+    ) -> "_Measured":
+        parts, drawn, factors, found = self._along(program, key, scales)
         changes = [jnp.sum(found.changes[:, sorted(terms)], axis=1) for terms, _ in parts]
         first = [program.leaves[members[0]] for _, members in parts]
         scalars = Scalars(
@@ -219,8 +232,27 @@ class WeightPerturbation(AbstractEstimator):
         )
         return _Measured(scalars, factors, program.auxiliary(found.aux), found.exact)
 
+    def _along(self, program: Program, key: Key[Array, ""], scales: Scales | None) -> "_Along":
+        check_typed(program.collectives, "WeightPerturbation")
+        exact = program.of_last_layers() if self.exact_last else []
+        if exact:
+            check_no_refs(program, "exact_last")
+        perturbed = [i for i in range(len(program.leaves)) if i not in exact]
+        parts = _partition(program, perturbed)
+        drawn = self._to_draw(program, parts)
+        factors = self._drawn(program.leaves, drawn, perturbed, key)
+        lookups = program.lookups if self.mask_rows else {}
+        layouts = [d.layout for d in drawn]
+        moved = factors if scales is None else _scaled(layouts, factors, scales)
+        found = directional_derivatives(program, layouts, moved, self.chunk, lookups)
+        return _Along(parts, drawn, factors, found)
+
     def _combined(
-        self, leaves: Sequence[Array], scalars: Scalars, factors: dict[int, list[Array]]
+        self,
+        leaves: Sequence[Array],
+        scalars: Scalars,
+        factors: dict[int, list[Array]],
+        scales: Scales | None = None,
     ) -> list[Array]:
         """The gradient that scalars and factors stand for; that of several workers, stacked."""
         stacked = scalars.key.ndim > 1
@@ -230,6 +262,9 @@ class WeightPerturbation(AbstractEstimator):
         if stacked:
             merged = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
             factors, coefficients = jax.tree.map(merged, (factors, coefficients))
+        if scales is not None:
+            inverse = {i: 1 / s for i, s in scales.items()}
+            factors = _scaled([d.layout for d in scalars.drawn], factors, inverse)
         return [
             jnp.zeros_like(leaf)
             if d.part is None
@@ -385,6 +420,30 @@ def _partition(program: Program, leaves: Sequence[int]) -> list[tuple[frozenset[
     for i in leaves:
         members.setdefault((influence[i], varying(program.leaves[i])), []).append(i)
     return [(terms, leaves) for (terms, _), leaves in members.items() if terms]
+
+
+def _scaled(
+    layouts: Sequence[Layout], factors: Mapping[int, list[Array]], scales: Scales
+) -> dict[int, list[Array]]:
+    """The factors of tangents that are longer by `scales`, 1 where there is none."""
+    found = dict(factors)
+    for i in scales.keys() & factors.keys():
+        first, *others = factors[i]
+        shape = (*scales[i].shape, *[1] * len(layouts[i][0].own))
+        found[i] = [first * scales[i].reshape(shape).astype(first.dtype), *others]
+    return found
+
+
+class _Along(NamedTuple):
+    """Which parameters are perturbed together, how their tangents are drawn, what comes of them.
+
+    The factors are those of tangents as they are drawn, whatever their lengths.
+    """
+
+    parts: list[tuple[frozenset[int], list[int]]]
+    drawn: tuple[Drawn, ...]
+    factors: dict[int, list[Array]]
+    found: "Directional"
 
 
 class _Measured(NamedTuple):

@@ -1,5 +1,6 @@
 """A function of the parameters as a program, and the factors that suit each parameter."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -272,6 +273,12 @@ class Program:
     def auxiliary(self, arrays: Sequence[jax.Array]) -> Any:
         """The auxiliary data, as `fun` returned it."""
         return eqx.combine(self._aux_treedef.unflatten(arrays), self._static_aux)
+
+    def at(self, leaves: Sequence[jax.Array]) -> "Program":
+        """The program at other parameters of the same shapes."""
+        other = copy.copy(self)
+        other.leaves = list(leaves)
+        return other
 
     def layouts(self) -> list[Layout]:
         """A layout for each parameter, from what the program does with it.

@@ -12,7 +12,7 @@ from msgspec import Meta
 from forwardgrad._errors import MOST, InputError, check_seed, unknown_name
 from forwardgrad._files import local
 from forwardgrad.augmentation import AbstractAugmentation, build
-from forwardgrad.estimators import AbstractEstimator, BalancedTangents
+from forwardgrad.estimators import AbstractEstimator, BalancedTangents, WeightPerturbation
 from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities
 from forwardgrad.networks import gpt_size_of
 from forwardgrad.objectives import AbstractObjective
@@ -28,6 +28,8 @@ Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "lars"]
 Positions = Literal["rotary", "learned"]
 Balance = Literal["none", "relative", "absolute"]
 Schedule = Literal["constant", "cosine", "exponential", "linear"]
+
+Perturbation = AbstractPerturbedActivities | WeightPerturbation
 
 AUGMENTED: dict[str, Augment] = {"supervised": "none", "contrastive": "simclr"}
 """How training images are changed by default, by the task."""
@@ -167,13 +169,13 @@ class NoSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseSettings(Settings):
-    """What makes the estimates of perturbed activities less noisy."""
+    """What makes the estimates less noisy for which activities or weights are perturbed."""
 
     balance: Balance = "none"
     """Give each layer tangents as long as it needs them, for the least relative or absolute error
     over all layers, or the same to all (none)."""
 
-    def around(self, estimator: AbstractPerturbedActivities) -> AbstractEstimator:
+    def around(self, estimator: Perturbation) -> AbstractEstimator:
         """The estimator with all of it."""
         if self.balance == "none":
             return estimator
@@ -241,8 +243,8 @@ class TrainConfig(Settings):
     estimator: AbstractEstimator
     """That of the algorithm."""
     noise: Settings
-    """[`forwardgrad.training.NoiseSettings`][] where the estimator perturbs activities, else
-    [`forwardgrad.training.NoSettings`][]."""
+    """[`forwardgrad.training.NoiseSettings`][] where the estimator perturbs activities or weights,
+    else [`forwardgrad.training.NoSettings`][]."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -274,7 +276,7 @@ class TrainConfig(Settings):
         """The algorithm's estimator, with what makes it less noisy around it."""
         if not isinstance(self.noise, NoiseSettings):
             return self.estimator
-        assert isinstance(self.estimator, AbstractPerturbedActivities)
+        assert isinstance(self.estimator, Perturbation)
         return self.noise.around(self.estimator)
 
     @property
@@ -342,7 +344,7 @@ def _kinds(objective: AbstractObjective, estimator: AbstractEstimator) -> tuple[
 
 def _noise_of(estimator: AbstractEstimator) -> Settings:
     """The defaults of what there is for an estimator."""
-    return NoiseSettings() if isinstance(estimator, AbstractPerturbedActivities) else NoSettings()
+    return NoiseSettings() if isinstance(estimator, Perturbation) else NoSettings()
 
 
 _IN_WORDS = {
