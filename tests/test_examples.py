@@ -1,6 +1,7 @@
 """What is in `examples/` at toy size, and what the figure of tokens shows."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -33,6 +34,38 @@ def test_a_decoder_learns(script, capsys):
         "activity perturbation, greedy losses",
     ]
     assert all(float(loss) < 3.7 for _, loss in found)
+
+
+@pytest.mark.slow
+def test_a_recurrence_is_trained_online(script, tmp_path, capsys):
+    """Every method ends with a loss, and the memory is that of a step only where tangents go on."""
+    online = script("examples", "online")
+    out = tmp_path / "online.json"
+    options = online.Options(
+        length=8, units=4, batch=4, updates=3, tangents=(2,), rates=(0.01,), seeds=2, out=out
+    )
+    online.main(options)
+    assert "delayed xor" in capsys.readouterr().out
+    stored = json.loads(out.read_text())
+    assert stored["length"] == 8
+    results = stored["results"]
+    assert set(results) == {*online.methods(options)}
+    for name, found in results.items():
+        assert all(0.5 < loss < 2 for loss in found["losses"])
+        grown = found["bytes, 16 times as long"] / found["bytes"]
+        if "online" in name:
+            assert grown < 1.5, name
+    whole = results["backpropagation, all steps"]
+    assert whole["bytes, 16 times as long"] > 3 * whole["bytes"]
+    assert results["backpropagation, all steps"]["cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_answers_are_those_of_earlier_bits(script):
+    online = script("examples", "online")
+    options = online.Options(length=12, batch=3)
+    bits, answers = map(np.asarray, online.sequences(options, online.jax.random.key(0)))
+    np.testing.assert_array_equal(answers[5:], bits[3:-2] ^ bits[:-5])
+    assert 0 < answers.mean() < 1
 
 
 @pytest.mark.parametrize("greedy", [False, True])
