@@ -306,6 +306,43 @@ def test_auxiliary_data():
     assert aux["kind"] == "number"
 
 
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_effects_happen_once_a_step(chunk):
+    seen = []
+
+    def cell(w, h, x):
+        jax.debug.callback(lambda h: seen.append(float(h)), h)
+        return jnp.tanh(w * h + x), (w * h) ** 2
+
+    init, step = fg.online(cell, fg.WeightPerturbation(tangents=3, chunk=chunk))
+    state = init(1.0, 0.5, key=jax.random.key(0))
+    for _ in range(2):
+        _, grads, state = jax.jit(step)(1.0, 0.1, state=state)
+    jax.block_until_ready(grads)
+    jax.effects_barrier()
+    assert seen == [0.5, pytest.approx(np.tanh(0.6))]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision(dtype):
+    """The types stay as they are, and the estimate is near the one in single precision."""
+    cell, params, carry = CELLS["plain"]
+    found = []
+    for kind in (dtype, "float32"):
+        own, start, sequence = jax.tree.map(
+            lambda a, kind=kind: a.astype(kind) if eqx.is_inexact_array(a) else a,
+            (params, carry, SEQUENCE),
+        )
+        init, step = fg.online(cell, fg.WeightPerturbation(tangents=2))
+        state = init(own, start, key=jax.random.key(0))
+        for t in range(2):
+            now = jax.tree.map(lambda a, t=t: a[t], sequence)
+            _, grads, state = jax.jit(step)(own, now, state=state)
+        assert {leaf.dtype for leaf in jax.tree.leaves((grads, state.carry))} == {jnp.dtype(kind)}
+        found.append(grads)
+    assert_near(*jax.tree.map(lambda g: g.astype("float32"), found), rtol=0.1, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
