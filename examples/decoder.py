@@ -43,7 +43,9 @@ class Options:
     tangents: int = 16
     """K, the tangents of a step."""
     rate: float = 0.003
-    """The learning rate."""
+    """The learning rate of backpropagation."""
+    noisy_rate: float = 0.001
+    """That of activity perturbation."""
 
 
 class Block(nnx.Module):
@@ -118,11 +120,16 @@ def windows(options: Options) -> tuple[np.ndarray, np.ndarray, int]:
     return rows[: -count // 10], rows[-count // 10 :], len(characters)
 
 
-def train(options: Options, losses: Callable[..., fg.Losses], estimator: fg.AbstractEstimator):
+def train(
+    options: Options,
+    losses: Callable[..., fg.Losses],
+    estimator: fg.AbstractEstimator,
+    rate: float,
+) -> float:
     """The loss of held-out text after training, in nats for each character."""
     rows, held_out, words = windows(options)
     model = Decoder(words, options)
-    optimiser = nnx.Optimizer(model, optax.adam(options.rate), wrt=nnx.Param)
+    optimiser = nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimiser, text, key):
@@ -142,12 +149,12 @@ def main(options: Options) -> None:
         tangents=options.tangents, exact_mixing=True, exact_direct=True
     )
     runs = {
-        "backpropagation": (at_the_end, fg.Backpropagation()),
-        "backpropagation, greedy losses": (at_each_block, fg.Backpropagation()),
-        "activity perturbation, greedy losses": (at_each_block, perturbation),
+        "backpropagation": (at_the_end, fg.Backpropagation(), options.rate),
+        "backpropagation, greedy losses": (at_each_block, fg.Backpropagation(), options.rate),
+        "activity perturbation, greedy losses": (at_each_block, perturbation, options.noisy_rate),
     }
-    for name, (losses, estimator) in runs.items():
-        print(f"{name}: {train(options, losses, estimator):.3f} nats a character")
+    for name, run in runs.items():
+        print(f"{name}: {train(options, *run):.3f} nats a character")
 
 
 if __name__ == "__main__":

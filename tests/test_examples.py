@@ -26,7 +26,8 @@ def script(monkeypatch):
 def test_a_decoder_learns(script, capsys):
     """Without knowing anything, the loss is log(100), 4.6."""
     decoder = script("examples", "decoder")
-    decoder.main(decoder.Options(width=32, context=16, batch=8, steps=120, tangents=8, rate=0.01))
+    sizes = {"width": 32, "context": 16, "batch": 8, "steps": 120, "tangents": 8}
+    decoder.main(decoder.Options(**sizes, rate=0.01, noisy_rate=0.01))
     found = re.findall(r"(.*): ([\d.]+) nats a character", capsys.readouterr().out)
     assert [name for name, _ in found] == [
         "backpropagation",
