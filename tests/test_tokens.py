@@ -436,6 +436,7 @@ def test_the_direct_part_of_a_function_with_effects():
     [
         fg.ActivityPerturbation(exact_direct=True),
         fg.BalancedTangents(fg.ActivityPerturbation()),
+        fg.ControlVariate(fg.ActivityPerturbation()),
     ],
 )
 def test_workers_that_exchange_what_they_compute(estimator):

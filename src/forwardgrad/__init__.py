@@ -31,6 +31,7 @@ from forwardgrad.estimators import AbstractStatefulEstimator as AbstractStateful
 from forwardgrad.estimators import ActivityPerturbation as ActivityPerturbation
 from forwardgrad.estimators import Backpropagation as Backpropagation
 from forwardgrad.estimators import BalancedTangents as BalancedTangents
+from forwardgrad.estimators import ControlVariate as ControlVariate
 from forwardgrad.estimators import DirectFeedbackAlignment as DirectFeedbackAlignment
 from forwardgrad.estimators import ExplainedParameter as ExplainedParameter
 from forwardgrad.estimators import FeedbackAlignment as FeedbackAlignment
@@ -52,6 +53,7 @@ __all__ = [
     "Backpropagation",
     "BalancedTangents",
     "BlockPipeline",
+    "ControlVariate",
     "Diagnosis",
     "DiagnosisRow",
     "DirectFeedbackAlignment",

@@ -7,6 +7,7 @@ from forwardgrad.estimators._backpropagation import Backpropagation as Backpropa
 from forwardgrad.estimators._balanced_tangents import BalancedTangents as BalancedTangents
 from forwardgrad.estimators._base import AbstractEstimator as AbstractEstimator
 from forwardgrad.estimators._base import AbstractStatefulEstimator as AbstractStatefulEstimator
+from forwardgrad.estimators._control_variate import ControlVariate as ControlVariate
 from forwardgrad.estimators._credit import ExplainedParameter as ExplainedParameter
 from forwardgrad.estimators._direct_feedback_alignment import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
@@ -23,6 +24,7 @@ __all__ = [
     "ActivityPerturbation",
     "Backpropagation",
     "BalancedTangents",
+    "ControlVariate",
     "DirectFeedbackAlignment",
     "ExplainedParameter",
     "FeedbackAlignment",

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from forwardgrad._errors import InputError
-from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities
+from forwardgrad.estimators._perturbed_activities import (
+    AbstractPerturbedActivities,
+    Baseline,
+    Steering,
+)
 from forwardgrad.estimators._steering import at_iterations, check_no_refs, check_one_by_one
 from forwardgrad.estimators._weight_perturbation import WeightPerturbation
 from forwardgrad.rewrite import Activation, Hooks, Program
@@ -85,9 +89,14 @@ class AbstractBalanced(abc.ABC):
 
     @abc.abstractmethod
     def estimate(
-        self, program: Program, key: Key[Array, ""], layers: Layers, scales: Float[Array, " powers"]
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
-        """Value, auxiliary data and gradient, by tangents of these lengths."""
+        self,
+        program: Program,
+        key: Key[Array, ""],
+        layers: Layers,
+        scales: Float[Array, " powers"],
+        baseline: Baseline | None,
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], list[Any]]:
+        """Value, auxiliary data and gradient, by tangents of these lengths; what is learned."""
 
 
 def balanced(estimator: Any) -> AbstractBalanced:
@@ -121,7 +130,8 @@ class _Activities(AbstractBalanced):
         return program
 
     def layers(self, program: Program) -> Layers:
-        not_perturbed = self._estimator._not_perturbed(program) | self._direct(program)
+        exact = self._estimator._direct(program)
+        not_perturbed = self._estimator._not_perturbed(program) | exact
         hooks = Hooks(activation=lambda a: a.value)
         noted = jax.eval_shape(
             lambda leaves: program.with_hooks(leaves, hooks)[2].activations, program.leaves
@@ -147,7 +157,7 @@ class _Activities(AbstractBalanced):
         key: Key[Array, ""],
         tangents: int,
     ) -> Float[Array, ""]:
-        direct, chosen = self._direct(program), _only(i, layers)
+        direct, chosen = self._estimator._direct(program), _only(i, layers)
 
         def evaluate(eps, k, held=None, apart=False):
             cut = jax.lax.stop_gradient if held is None else held
@@ -170,15 +180,15 @@ class _Activities(AbstractBalanced):
         return sum(squares, start=jnp.zeros(())) / tangents
 
     def estimate(
-        self, program: Program, key: Key[Array, ""], layers: Layers, scales: Float[Array, " powers"]
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
-        return self._estimator._by_scales(program, key, lambda a: _own(layers, scales, a))
-
-    def _direct(self, program: Program) -> frozenset[Any]:
-        """The activations that have their exact gradient, and no tangent."""
-        if not self._estimator.exact_direct:
-            return frozenset()
-        return program.direct(self._estimator._not_perturbed(program))
+        self,
+        program: Program,
+        key: Key[Array, ""],
+        layers: Layers,
+        scales: Float[Array, " powers"],
+        baseline: Baseline | None,
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], list[Any]]:
+        steering = Steering(lambda a: _own(layers, scales, a), baseline)
+        return self._estimator._steered(program, key, steering)
 
 
 def _only(i: Array, layers: Layers) -> Float[Array, " powers"]:
@@ -240,9 +250,15 @@ class _Weights(AbstractBalanced):
         return self._estimator._power(program.at(leaves), key, chosen, tangents)
 
     def estimate(
-        self, program: Program, key: Key[Array, ""], layers: Layers, scales: Float[Array, " powers"]
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
-        return self._estimator._by_scales(program, key, _of_each(layers, scales))
+        self,
+        program: Program,
+        key: Key[Array, ""],
+        layers: Layers,
+        scales: Float[Array, " powers"],
+        baseline: Baseline | None,
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], list[Any]]:
+        assert baseline is None
+        return *self._estimator._by_scales(program, key, _of_each(layers, scales)), []
 
 
 def _of_each(layers: Layers, array: Float[Array, " powers"]) -> dict[int, Array]:

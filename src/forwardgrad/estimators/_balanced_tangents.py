@@ -13,7 +13,8 @@ from forwardgrad.estimators._balanced_layers import Layers, balanced, count_of
 from forwardgrad.estimators._base import AbstractStatefulEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, explained
 from forwardgrad.estimators._distributions import feedback_key, portable
-from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities
+from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities, Baseline
+from forwardgrad.estimators._steering import check_no_exchange
 from forwardgrad.estimators._weight_perturbation import WeightPerturbation
 from forwardgrad.rewrite import Program
 
@@ -157,11 +158,17 @@ class BalancedTangents(AbstractStatefulEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], Balance]:
         """The estimate by the powers in `state`, one of which is measured again."""
         assert key is not None
-        how, program = balanced(self.estimator), self._program(fun, params)
+        return self._guided(self._program(fun, params), key, state)[:3]
+
+    def _guided(
+        self, program: Program, key: Key[Array, ""], state: Any, baseline: Baseline | None = None
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], Balance, list[Any]]:
+        """The same with guesses of activations' derivatives, and what is learned about these."""
+        how = balanced(self.estimator)
         layers = how.layers(program)
         self._check(state, layers)
         scales = _scales(state.power, layers, self.rule)
-        result, grads = how.estimate(program, key, layers, scales)
+        result, grads, learned = how.estimate(program, key, layers, scales, baseline)
         count = count_of(layers)
 
         def again(power):
@@ -176,18 +183,14 @@ class BalancedTangents(AbstractStatefulEstimator):
             power = jax.lax.cond(state.steps % self.every == 0, again, lambda p: p, power)
         # It counts on from zero where an integer would end.
         steps = (state.steps + 1) % (max(1, count) * self.every)
-        return result, grads, Balance(power, steps, state.estimator, state.layers)
+        return result, grads, Balance(power, steps, state.estimator, state.layers), learned
 
     def _program(self, fun: Objective, params: PyTree[Array]) -> Program:
         name = type(self).__name__
         program = balanced(self.estimator).program(fun, params, name)
         if program.has_effects:
             raise InputError(f"fun must have no effects: {name} evaluates it again to measure")
-        if program.collectives:
-            raise InputError(
-                f"{name} cannot be used where the workers of a shard_map exchange what they "
-                f"compute, along {sorted(program.collectives)}"
-            )
+        check_no_exchange(program, name)
         return program
 
     def _check(self, state: Any, layers: Layers) -> None:

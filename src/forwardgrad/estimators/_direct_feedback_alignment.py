@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from forwardgrad._errors import InputError
+from forwardgrad.estimators._digits import Digits
 from forwardgrad.estimators._distributions import draw, feedback_key
 from forwardgrad.estimators._feedback import AbstractFeedback, Feedback
 from forwardgrad.estimators._steering import (
@@ -59,19 +60,7 @@ class _Way(NamedTuple):
 
     def spread(self, sent: Array, shape: Sequence[int]) -> Array:
         """What has an axis for each digit, and one for the entries, in the input's shape."""
-        order: list[tuple[bool, int]] = []
-        for axis, size in enumerate(shape):
-            own = sorted((-d.inner, i) for i, d in enumerate(self.digits) if d.axis == axis)
-            for inner, i in own:
-                order += [(False, size // (-inner * self.digits[i].size)), (True, i)]
-                size = -inner
-            order.append((False, size))
-        gaps = [size for is_digit, size in order if not is_digit]
-        sent = sent.reshape(*sent.shape[:-1], *gaps)
-        gap = iter(range(len(self.digits), sent.ndim))
-        return sent.transpose([i if is_digit else next(gap) for is_digit, i in order]).reshape(
-            shape
-        )
+        return Digits(tuple(shape), self.digits).back(sent)
 
 
 class DirectFeedbackAlignment(AbstractFeedback):

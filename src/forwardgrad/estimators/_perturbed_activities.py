@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +15,7 @@ from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._losses import Losses
 from forwardgrad.estimators._base import AbstractEstimator, Objective
 from forwardgrad.estimators._credit import ExplainedParameter, by_layer, explained
+from forwardgrad.estimators._digits import Digits
 from forwardgrad.estimators._distributions import (
     DISTRIBUTIONS,
     Distribution,
@@ -25,6 +27,7 @@ from forwardgrad.estimators._mixing import TOKEN, Mixing, check_mixing, check_to
 from forwardgrad.estimators._steering import (
     at_iterations,
     check_counts,
+    check_no_exchange,
     check_no_refs,
     check_one_by_one,
     influenced,
@@ -55,6 +58,39 @@ all that the stage computes, and the activations.
 
 Scales: TypeAlias = Callable[[Activation], Array]
 """How long an activation's tangents are, in one iteration of the loops around it."""
+
+
+class Guess(NamedTuple):
+    """A part of one term's derivative by an activation, known before any tangent is drawn.
+
+    `position` is the activation's among those that are perturbed. `value` has an axis for the
+    term's entries, each of which has its own entries of the activation, at `digits`.
+    """
+
+    position: int
+    term: int
+    digits: Digits
+    value: Float[Array, "entries units"]
+
+
+Learn: TypeAlias = Callable[[Sequence[Array]], Any]
+"""From estimates of what each guess leaves, in the guesses' shapes, to what is remembered."""
+
+Baseline: TypeAlias = Callable[
+    [Sequence[Activation], Sequence[Activation], dict[int, Array]], tuple[list[Guess], Learn]
+]
+"""Guesses for a stage, from its hidden activations, those of its last layers, and what is exact.
+
+The latter are gradients by the activations' numbers: those of the last layers, and with
+`exact_direct` the direct parts of the others. Guesses must not depend on the tangents.
+"""
+
+
+class Steering(NamedTuple):
+    """How long tangents are, and what is known of the derivatives."""
+
+    scales: Scales | None = None
+    baseline: Baseline | None = None
 
 
 class AbstractPerturbedActivities(AbstractEstimator):
@@ -103,51 +139,58 @@ class AbstractPerturbedActivities(AbstractEstimator):
     ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
         """The objective's value and an estimate of its gradient."""
         assert key is not None
-        return self._by_scales(self._program(fun, params), key, None)
+        return self._steered(self._program(fun, params), key, Steering())[:2]
 
-    def _by_scales(
-        self, program: Program, key: Key[Array, ""], scales: Scales | None
-    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array]]:
-        """The same, with activations whose tangents are scaled: `d u / s` for a tangent `s u`."""
+    def _steered(
+        self, program: Program, key: Key[Array, ""], steering: Steering
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree[Array], list[Any]]:
+        """The same with tangents `s u`, and with guesses b of the derivatives.
+
+        The estimate is the mean of `b + (d - p) u / s`, where p is what the guesses expect of d:
+        the sum of `b s u` over all activations, entry by entry of the losses. What each stage
+        learns about the guesses comes with it.
+        """
         check_one_by_one(program, type(self).__name__)
         check_no_refs(program, type(self).__name__)
         if self.mixing != "all":
             check_tokens(program, f"mixing={self.mixing!r}")
         if self.exact_direct and program.has_effects:
             raise InputError("fun must have no effects with exact_direct=True, evaluated once more")
-        if self.exact_direct and program.collectives:
-            raise InputError(
-                "exact_direct=True cannot be used where the workers of a shard_map exchange what "
-                f"they compute, along {sorted(program.collectives)}"
-            )
+        if self.exact_direct:
+            check_no_exchange(program, "exact_direct=True")
         grads = [jnp.zeros_like(leaf) for leaf in program.leaves]
         base, passed = portable(key), self._not_perturbed(program)
-        direct = program.direct(passed) if self.exact_direct else frozenset()
+        direct = self._direct(program)
 
         def run(stage, number, reads):
             del number
             # The signs of a stage are drawn when it begins: all stages' would else be kept at once.
-            given = _Given(program, _key_after(reads, base), scales, passed, direct)
-            shifts = program.no_shifts(stage, passed) if self.exact_direct else {}
+            given = _Given(program, _key_after(reads, base), steering.scales, passed, direct)
+            shifted = program.hidden(passed) if self.exact_direct else frozenset()
+            shifted |= program.last() if steering.baseline else frozenset()
             # Every activation is cut off from what uses it: reverse mode sees one layer at a time.
-            (total, z), pullback, (changes, noted, writes) = jax.vjp(
+            (total, z), pullback, (changes, (noted, ends), writes) = jax.vjp(
                 lambda leaves, shifts: self._forward(given, stage, reads, leaves, shifts),
                 [program.leaves[i] for i in stage.leaves],
-                shifts,
+                program.no_shifts(stage, shifted),
                 has_aux=True,
             )
-            one, gradients = (
-                jnp.ones_like(total),
-                [self._gradient(a, changes, given) for a in noted],
-            )
-            if not self.exact_direct:
-                return writes, pullback((one, gradients))[0]
+            one = jnp.ones_like(total)
+            if not shifted:
+                gradients = [self._gradient(a, changes, given) for a in noted]
+                return writes, (pullback((one, gradients))[0], None)
             last, known = pulled_back(pullback, (one, [zero(a) for a in z]))
-            gradients = [
-                g + placed_like(known[a.number], g) for a, g in zip(noted, gradients, strict=True)
-            ]
+            guesses, learn = [], lambda _: None
+            if steering.baseline is not None:
+                guesses, learn = steering.baseline(noted, ends, known)
+            gradients, learned = self._guided(given, noted, guesses, learn, changes)
+            if self.exact_direct:
+                gradients = [
+                    g + placed_like(known[a.number], g)
+                    for a, g in zip(noted, gradients, strict=True)
+                ]
             hidden, _ = pulled_back(pullback, (zero(total), gradients))
-            return writes, jax.tree.map(jnp.add, last, hidden)
+            return writes, (jax.tree.map(jnp.add, last, hidden), learned)
 
         with (
             jax.numpy_dtype_promotion("standard"),
@@ -155,12 +198,66 @@ class AbstractPerturbedActivities(AbstractEstimator):
             _refusing_reverse(self.exact_mixing or self.exact_direct),
         ):
             terms, aux, results = program.stage_by_stage(run)
-            for stage, of_stage in zip(program.stages, results, strict=True):
+            for stage, (of_stage, _) in zip(program.stages, results, strict=True):
                 for i, grad in zip(stage.leaves, of_stage, strict=True):
                     grads[i] = grads[i] + grad
             value = program.losses(terms).total()
         value, aux, grads = not_differentiable((value, aux, grads), type(self).__name__)
-        return (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
+        found = (value, program.auxiliary(aux)), program.treedef.unflatten(grads)
+        return *found, [learned for _, learned in results]
+
+    def _guided(
+        self,
+        given: "_Given",
+        noted: Sequence[Activation],
+        guesses: Sequence[Guess],
+        learn: Learn,
+        changes: Losses,
+    ) -> tuple[list[Array], Any]:
+        """The estimates for a stage's activations, and what is learned about the guesses."""
+        changes = self._unexpected(given, noted, guesses, changes)
+        gradients = [self._gradient(a, changes, given) for a in noted]
+
+        def left(guess):
+            a, gradient = noted[guess.position], gradients[guess.position]
+            if len(a.terms) > 1:
+                own = tuple(item for item in a.places if item[0][0] == guess.term)
+                gradient = self._gradient(dataclasses.replace(a, places=own), changes, given)
+            return guess.digits.in_front(gradient)
+
+        learned = learn([left(guess) for guess in guesses])
+        for guess in guesses:
+            gradient = gradients[guess.position]
+            known = guess.digits.back(guess.value).astype(gradient.dtype)
+            gradients[guess.position] = gradient + placed_like(known, gradient)
+        return gradients, learned
+
+    def _unexpected(
+        self,
+        given: "_Given",
+        noted: Sequence[Activation],
+        guesses: Sequence[Guess],
+        changes: Losses,
+    ) -> Losses:
+        """The losses' changes, less those that the guesses expect."""
+        if not guesses:
+            return changes
+        # See `_gradient`; to draw tangents once more costs less than to carry `u B'` along.
+        given = given._replace(key=_key_after(changes, given.key))
+
+        def expected(k):
+            found: dict[int, Array] = {}
+            for guess in guesses:
+                u = noted[guess.position].each(lambda a: given.tangent(self, a, k))
+                own = jnp.sum(guess.digits.in_front(u) * guess.value, axis=1)
+                found[guess.term] = found[guess.term] + own if guess.term in found else own
+            return found
+
+        sums = jax.lax.map(expected, jnp.arange(self.tangents))
+        terms = [
+            d - sums[i].reshape(d.shape) if i in sums else d for i, d in enumerate(changes.terms)
+        ]
+        return given.program.losses(terms)
 
     def _forward(
         self,
@@ -173,7 +270,8 @@ class AbstractPerturbedActivities(AbstractEstimator):
         """A stage's total and activations, and what is not to be differentiated.
 
         The latter are the losses' changes along each tangent (their first axis if there are
-        several), what is known of the activations, and all that the stage computes. `shifts` are
+        several), what is known of the activations and of the last layers', and all that the stage
+        computes. `shifts` are
         zeros that are added to the activations, once these are cut off.
         """
         program = given.program
@@ -189,22 +287,23 @@ class AbstractPerturbedActivities(AbstractEstimator):
                 return self._moved(eps, cut(z) if apart else z, given.tangent(self, activation, k))
 
             def perturb(activation):
-                if activation.last or activation.variable in given.passed:
-                    return activation.value
+                kept = activation.last or activation.variable in given.passed
+                z = activation.value if kept else moved(activation)
                 if activation.number not in shifts:
-                    return moved(activation)
-                return moved(activation) + at_iterations(shifts[activation.number], activation.site)
+                    return z
+                return z + at_iterations(shifts[activation.number], activation.site)
 
             walk = LayerWalk(program.plan, Hooks(activation=perturb, held=held))
             writes = walk.arrays(stage.jaxpr, (), [*leaves, *reads])
             noted = [a for a in walk.noted.activations if a.variable not in given.passed]
-            inner = [a for a in noted if not a.last]
-            return [writes[i] for i in places.values()], (writes, inner)
+            inner, last = ([a for a in noted if a.last is kind] for kind in (False, True))
+            return [writes[i] for i in places.values()], (writes, inner, last)
 
-        (writes, noted), changes = self._changes(evaluate, program)
+        (writes, noted, last), changes = self._changes(evaluate, program)
         total = sum([total_of(writes[i]) for i in places.values()], start=jnp.zeros(()))
         by_term = [dict(zip(places, changes, strict=True)).get(i) for i in range(program.terms)]
-        return (total, [a.value for a in noted]), (program.losses(by_term), noted, writes)
+        z = [a.value for a in noted]
+        return (total, z), (program.losses(by_term), (noted, last), writes)
 
     def _not_perturbed(self, program: Program) -> frozenset[Any]:
         """The activations that reverse mode goes through, from the next ones that are perturbed.
@@ -223,6 +322,10 @@ class AbstractPerturbedActivities(AbstractEstimator):
                     "use Backpropagation()"
                 )
         return program.with_direct_scales(found) if self.exact_direct else found
+
+    def _direct(self, program: Program) -> frozenset[Any]:
+        """The activations that have their exact gradient, and no tangent."""
+        return program.direct(self._not_perturbed(program)) if self.exact_direct else frozenset()
 
     def _tangent(
         self, key: Key[Array, ""], activation: Activation, k: Array, scale: Any = 1.0

@@ -274,6 +274,15 @@ def check_no_refs(program: Program, what: str) -> None:
         )
 
 
+def check_no_exchange(program: Program, what: str) -> None:
+    """Raise an `InputError` where a worker's values reach the losses of others."""
+    if program.collectives:
+        raise InputError(
+            f"{what} cannot be used where the workers of a shard_map exchange what they compute, "
+            f"along {sorted(program.collectives)}"
+        )
+
+
 def not_differentiable(tree: Any, estimator: str) -> Any:
     """`tree`, with an `InputError` for whatever differentiates it."""
 

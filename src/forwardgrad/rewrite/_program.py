@@ -196,10 +196,16 @@ class Program:
                 return passed
             passed |= more
 
-    def no_shifts(self, stage: Stage, passed: frozenset[Var]) -> dict[int, jax.Array]:
-        """Zeros like a stage's activations by their numbers, the loops around them first."""
+    def last(self) -> frozenset[Var]:
+        """The activations of the last layers."""
+        return frozenset(
+            v for v in self.plan.outputs if self.plan.terms(v) and self.plan.is_last(v)
+        )
+
+    def no_shifts(self, stage: Stage, activations: frozenset[Var]) -> dict[int, jax.Array]:
+        """Zeros like those activations that a stage has, by their numbers, the loops first."""
         found = {}
-        for v in defined(stage.jaxpr) & self.hidden(passed):
+        for v in defined(stage.jaxpr) & activations:
             output, aval = self.plan.outputs[v], v.aval
             shape = (*output.loops, *shape_of(v))
             zeros = jnp.zeros(shape, aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
@@ -255,6 +261,11 @@ class Program:
     def terms(self) -> int:
         """The number of terms that the losses have."""
         return self._losses_treedef.num_leaves
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each term of the losses."""
+        return [shape_of(v) for v in self._closed.jaxpr.outvars[: self.terms]]
 
     def losses(self, terms: Sequence[jax.Array | None]) -> Any:
         """The losses, as `fun` returned them; None in the place of one that is not known."""
