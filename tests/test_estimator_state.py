@@ -114,6 +114,7 @@ def test_feedback_weights_that_are_kept_are_those_that_were_drawn(inner, compile
 
 RUNS = {
     "balanced": {"algorithm": "fg-a", "balance": "relative"},
+    "guided": {"algorithm": "lg-fg-a", "balance": "relative", "control_variate": True},
     "greedy, in parts": {"algorithm": "lg-fg-a", "balance": "absolute", "accumulate": 2},
     "weights": {"algorithm": "fg-w", "balance": "absolute", "tangents": 2},
     "two views": {"task": "contrastive", "algorithm": "fg-a", "balance": "relative"},

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from forwardgrad import (
     Backpropagation,
     BalancedTangents,
+    ControlVariate,
     InputError,
     WeightPerturbation,
     data,
@@ -117,6 +118,10 @@ def same(a, b) -> bool:
             {"algorithm": "fg-a", "balance": "both"},
             "balance 'both' is unknown; did you mean 'absolute'",
         ),
+        (
+            {"algorithm": "fg-w", "control_variate": True},
+            "control_variate must be False for algorithm 'fg-w', which perturbs weights",
+        ),
         ({"structure": "rank-two"}, "structure 'rank-two' is unknown; did you mean 'rank-one'"),
     ],
 )
@@ -165,6 +170,14 @@ def test_balance_is_an_option_of_perturbations(rule, algorithm):
     given = {"algorithm": algorithm, "tangents": 3, "balance": rule}
     assert not_default(config) == given
     assert configure(**given) == config
+
+
+def test_guesses_go_around_balanced_tangents():
+    options = {"algorithm": "lg-fg-a", "control_variate": True, "tangents": 3}
+    config, both = configure(**options), configure(**options, balance="relative")
+    assert config.wrapped_estimator == ControlVariate(config.estimator)
+    assert both.wrapped_estimator == ControlVariate(BalancedTangents(config.estimator))
+    assert not_default(config) == options
 
 
 @pytest.mark.parametrize(

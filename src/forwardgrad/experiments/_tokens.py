@@ -49,6 +49,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "dense": {"structure": "dense"},
     "exact": {"exact_mixing": True, "exact_direct": True},
     "balance": {"balance": "relative"},
+    "variate": {"control_variate": True},
 }
 """What can be added to an algorithm."""
 
@@ -70,8 +71,8 @@ class TokensOptions(RunOptions):
         *("bp", "bp+sgd", "lg-bp", "fg-w", "fg-a", "lg-fg-a", "fg-a+exact", "lg-fg-a+exact"),
         *("lg-fg-a@4", "lg-fg-a+exact@4", "lg-fg-a@64", "lg-fg-a+exact@64", "np@256"),
     )
-    """Algorithms, with +causal, +mixing, +direct, +exact (the last two), +balance, +dense,
-    +sgd and @TANGENTS."""
+    """Algorithms, with +causal, +mixing, +direct, +exact (the last two), +balance, +variate,
+    +dense, +sgd and @TANGENTS."""
     networks: tuple[str, ...] = ("gpt/2/128",)
     """Decoders: gpt/LAYERS/WIDTH."""
     dataset: str = "text"

@@ -12,7 +12,12 @@ from msgspec import Meta
 from forwardgrad._errors import MOST, InputError, check_seed, unknown_name
 from forwardgrad._files import local
 from forwardgrad.augmentation import AbstractAugmentation, build
-from forwardgrad.estimators import AbstractEstimator, BalancedTangents, WeightPerturbation
+from forwardgrad.estimators import (
+    AbstractEstimator,
+    BalancedTangents,
+    ControlVariate,
+    WeightPerturbation,
+)
 from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities
 from forwardgrad.networks import gpt_size_of
 from forwardgrad.objectives import AbstractObjective
@@ -174,12 +179,15 @@ class NoiseSettings(Settings):
     balance: Balance = "none"
     """Give each layer tangents as long as it needs them, for the least relative or absolute error
     over all layers, or the same to all (none)."""
+    control_variate: bool = False
+    """Of perturbed activities, guess the derivatives by feedback that is learned along, and
+    estimate only the rest."""
 
     def around(self, estimator: Perturbation) -> AbstractEstimator:
         """The estimator with all of it."""
-        if self.balance == "none":
-            return estimator
-        return BalancedTangents(estimator, rule=self.balance)
+        balanced = self.balance != "none"
+        found = BalancedTangents(estimator, rule=self.balance) if balanced else estimator
+        return ControlVariate(found) if self.control_variate else found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,6 +271,12 @@ class TrainConfig(Settings):
             raise InputError(
                 f"noise of algorithm {self.algorithm!r} must be like {_noise_of(self.estimator)}, "
                 f"got {self.noise}"
+            )
+        weights = isinstance(self.estimator, WeightPerturbation)
+        if weights and isinstance(self.noise, NoiseSettings) and self.noise.control_variate:
+            raise InputError(
+                f"control_variate must be False for algorithm {self.algorithm!r}, which perturbs "
+                "weights"
             )
         self._check_batch()
         self._check_data()
