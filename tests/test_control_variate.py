@@ -60,6 +60,7 @@ FUNCTIONS = {
     "one by one": lambda: (one_by_one, W),
     "local losses": lambda: on_network("mixer", "local")[:2],
     "greedy losses": lambda: on_network("mixer", "greedy")[:2],
+    "greedy losses of vectors": lambda: on_network("mlp", "greedy")[:2],
     "decoder": lambda: made("NNX")[:2],
     "Mamba": lambda: made("Mamba")[:2],
 }

@@ -274,8 +274,10 @@ class _Baseline:
 
     def _digits(self, a: Activation, term: int) -> Digits | None:
         """Where in an activation each entry of a term has entries of its own."""
-        names = self._program.axes[term]
-        places = [a.place(term, name).parts for name in names]
+        names, shape = self._program.axes[term], self._program.shapes[term]
+        # Where an axis of one entry is does not matter, and may not be known.
+        long = [name for name, size in zip(names, shape, strict=True) if size > 1]
+        places = [a.place(term, name).parts for name in long]
         parts = tuple(p for place in places for p in place or ())
         real = jnp.issubdtype(a.value.dtype, jnp.floating)
         if not (names and a.value.size and real) or any(place is None for place in places):
@@ -283,7 +285,7 @@ class _Baseline:
         if any(p.through is not None for p in parts):
             return None
         digits = Digits(a.value.shape, parts)
-        whole = digits.count == math.prod(self._program.shapes[term])
+        whole = digits.count == math.prod(shape)
         return digits if digits.are_apart and whole else None
 
     def __call__(
