@@ -37,6 +37,7 @@ ESTIMATORS: dict[str, fg.AbstractEstimator] = {
     "activity perturbation": fg.ActivityPerturbation(),
     "activity perturbation, four tangents": fg.ActivityPerturbation(tangents=4),
     "activity perturbation, direct part exact": fg.ActivityPerturbation(exact_direct=True),
+    "activity perturbation, in parts": fg.ActivityPerturbation(tangents=2, partition=2),
     "node perturbation": fg.NodePerturbation(),
     "node perturbation, three tangents in chunks": fg.NodePerturbation(tangents=3, chunk=2),
     "feedback alignment": fg.FeedbackAlignment(),

@@ -80,7 +80,7 @@ def in_turn(estimator, losses, params):
     """The estimator with all unit vectors as its tangents, one after another.
 
     Their mean is the mean over random tangents, but for rounding: that is linear in `E[u u']`,
-    which is the identity, and unit vectors add up to the same.
+    which is the identity, and unit vectors add up to the same. Parts of the layers have all each.
     """
     where, total = placed(losses, params)
 
@@ -91,12 +91,12 @@ def in_turn(estimator, losses, params):
             for i, length in zip(activation.iterations, loops, strict=True):
                 iteration = iteration * length + i
             z = activation.value
-            own = jnp.arange(z.size) == k - start - iteration * z.size
+            own = jnp.arange(z.size) == k % total - start - iteration * z.size
             u = jnp.where(own, jnp.sqrt(1.0 * total), 0.0).reshape(z.shape)
             return (scale * u).astype(z.dtype)
 
     fields = {f: getattr(estimator, f) for f in estimator.__dataclass_fields__}
-    return InTurn(**{**fields, "tangents": total, "chunk": 100})
+    return InTurn(**{**fields, "tangents": total * estimator.partition, "chunk": 100})
 
 
 def errors(name, estimator, precision="float32"):

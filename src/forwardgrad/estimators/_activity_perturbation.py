@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, PyTree
 
 from forwardgrad._errors import InputError
@@ -61,6 +62,11 @@ class ActivityPerturbation(AbstractPerturbedActivities):
         control variate: with $b$ the exact part, $d - \langle b, u \rangle$ takes the place of
         $d$, and $b$ is added. No bias. A layer that no other one comes after, such as the last
         block's output, gets its exact gradient.
+    - `partition`: cut the layers of the program, or of each greedy block of it, into so many parts
+        in their order, or as many as there are layers or tangents. Each tangent is in one part, and
+        credits that alone. It is not pushed through what comes before. No bias: a part has a share
+        of the tangents, and none of the others' noise. If all parts change the losses as much, the
+        total variance is the same.
 
     **Raises:**
 
@@ -94,6 +100,7 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     mixing: Mixing = "all"
     exact_mixing: bool = False
     exact_direct: bool = False
+    partition: int = 1
 
     def _program(self, fun: Objective, params: PyTree[Array]) -> Program:
         return Program(fun, params, twice=True)
@@ -101,7 +108,12 @@ class ActivityPerturbation(AbstractPerturbedActivities):
     def _moved(self, eps: Array, z: Array, tangent: Array) -> Array:
         return _perturbed(eps, z, tangent)
 
-    def _changes(self, evaluate: Evaluate, program: Program) -> tuple[Any, list[Array]]:
+    def _cut(self, eps: Array, z: Array) -> Array:
+        return _carried(eps, z)
+
+    def _changes(
+        self, evaluate: Evaluate, program: Program, tangents: range
+    ) -> tuple[Any, list[Array]]:
         def along(k, pure=False):
             if pure and program.has_effects:
                 raise InputError(
@@ -120,8 +132,8 @@ class ActivityPerturbation(AbstractPerturbedActivities):
                 changes = [a - b for a, b in zip(changes, direct, strict=True)]
             return rest, changes
 
-        tangents = jnp.arange(self.tangents)
-        return over_tangents(along, tangents, self.tangents, program, self.chunk, reverse=True)
+        numbers = jnp.arange(tangents.start, tangents.stop)
+        return over_tangents(along, numbers, len(tangents), program, self.chunk, reverse=True)
 
 
 @jax.custom_jvp
@@ -137,3 +149,20 @@ def _perturbed_jvp(primals, tangents):
     _, z, tangent = jax.lax.stop_gradient(primals)
     d_eps, d_z, _ = jax.lax.stop_gradient(tangents)
     return z, d_z + d_eps.astype(z.dtype) * tangent
+
+
+@jax.custom_jvp
+def _carried(eps: Array, z: Array) -> Array:
+    """`z`, with its derivative by `eps`, and none by anything else."""
+    del eps
+    return z
+
+
+def _carried_jvp(primals: Any, tangents: Any) -> Any:
+    # Called because `eps` has a tangent; `z` has none where nothing was perturbed before it.
+    z = jax.lax.stop_gradient(primals[1])
+    d_z = tangents[1]
+    return z, d_z if isinstance(d_z, SymbolicZero) else jax.lax.stop_gradient(d_z)
+
+
+_carried.defjvp(_carried_jvp, symbolic_zeros=True)

@@ -174,8 +174,8 @@ class _Activities(AbstractBalanced):
 
             return program.with_hooks(leaves, Hooks(activation=perturb, held=held))[0], None
 
-        along = dataclasses.replace(self._estimator, tangents=tangents, chunk=None)
-        _, changes = along._changes(evaluate, program)
+        along = dataclasses.replace(self._estimator, chunk=None)
+        _, changes = along._changes(evaluate, program, range(tangents))
         squares = [jnp.sum(jnp.square(c.astype(jnp.float32))) for c in changes]
         return sum(squares, start=jnp.zeros(())) / tangents
 

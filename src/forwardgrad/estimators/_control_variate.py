@@ -285,7 +285,7 @@ class _Baseline:
         if any(p.through is not None for p in parts):
             return None
         digits = Digits(a.value.shape, parts)
-        whole = digits.count == math.prod(shape)
+        whole = digits.places == math.prod(shape)
         return digits if digits.are_apart and whole else None
 
     def __call__(

@@ -26,19 +26,19 @@ class Digits(NamedTuple):
         return True
 
     @property
-    def count(self) -> int:
+    def places(self) -> int:
         """The number of places that they have together."""
         return math.prod(part.size for part in self.parts)
 
     @property
     def units(self) -> int:
         """The number of entries in each place."""
-        return math.prod(self.shape) // self.count
+        return math.prod(self.shape) // self.places
 
     def in_front(self, array: Array) -> Array:
         """An array of the shape, with an axis for all places, and one for the units."""
         sizes, order = self._cut()
-        return array.reshape(sizes).transpose(order).reshape(self.count, -1)
+        return array.reshape(sizes).transpose(order).reshape(self.places, -1)
 
     def back(self, array: Array) -> Array:
         """What has these two axes, in the shape."""

@@ -49,7 +49,7 @@ class NodePerturbation(AbstractPerturbedActivities):
     - `distribution`: of the noise's entries: `"rademacher"`, `"normal"`, or `"sphere"`.
     - `chunk`: how many of them are evaluated at a time; all by default. Each chunk has one
         evaluation more, without noise.
-    - `mixing`, `exact_mixing`, `exact_direct`: as for `ActivityPerturbation`.
+    - `mixing`, `exact_mixing`, `exact_direct`, `partition`: as for `ActivityPerturbation`.
 
     **Raises:**
 
@@ -81,6 +81,7 @@ class NodePerturbation(AbstractPerturbedActivities):
     mixing: Mixing = "all"
     exact_mixing: bool = False
     exact_direct: bool = False
+    partition: int = 1
 
     def __check_init__(self):
         if not 0 < self.sigma < float("inf"):
@@ -93,7 +94,13 @@ class NodePerturbation(AbstractPerturbedActivities):
     def _moved(self, eps: Array, z: Array, tangent: Array) -> Array:
         return jax.lax.stop_gradient(z + eps.astype(tangent.dtype) * tangent)
 
-    def _changes(self, evaluate: Evaluate, program: Program) -> tuple[Any, list[Array]]:
+    def _cut(self, eps: Array, z: Array) -> Array:
+        del eps
+        return jax.lax.stop_gradient(z)
+
+    def _changes(
+        self, evaluate: Evaluate, program: Program, tangents: range
+    ) -> tuple[Any, list[Array]]:
         def lane(k):
             eps, k = jnp.where(k < 0, 0.0, self.sigma), jnp.maximum(k, 0)
             losses, _ = evaluate(eps, k, _first)
@@ -102,18 +109,18 @@ class NodePerturbation(AbstractPerturbedActivities):
                 losses = [a - b for a, b in zip(losses, direct, strict=True)]
             return [v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in losses]
 
-        def differences(tangents):
-            lanes = jnp.concatenate([jnp.array([-1]), tangents])
+        def differences(numbers):
+            lanes = jnp.concatenate([jnp.array([-1]), numbers])
             values = _at_once(lane, lanes, program)
             return [(v[1:] - v[0]) / self.sigma for v in values]
 
         _, rest = evaluate(None, 0)
-        chunk = min(self.chunk or self.tangents, self.tangents)
-        first, tangents = self.tangents % chunk, jnp.arange(self.tangents)
-        parts = jax.lax.map(differences, tangents[first:].reshape(-1, chunk))
+        chunk = min(self.chunk or len(tangents), len(tangents))
+        first, numbers = len(tangents) % chunk, jnp.arange(tangents.start, tangents.stop)
+        parts = jax.lax.map(differences, numbers[first:].reshape(-1, chunk))
         changes = [v.reshape(-1, *v.shape[2:]) for v in parts]
         if first:
-            head = differences(tangents[:first])
+            head = differences(numbers[:first])
             changes = [jnp.concatenate(pair) for pair in zip(head, changes, strict=True)]
         return rest, changes
 

@@ -3,6 +3,8 @@
 import abc
 import contextlib
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -107,12 +109,13 @@ class AbstractPerturbedActivities(AbstractEstimator):
     mixing: eqx.AbstractVar[Mixing]
     exact_mixing: eqx.AbstractVar[bool]
     exact_direct: eqx.AbstractVar[bool]
+    partition: eqx.AbstractVar[int]
 
     def __check_init__(self):
         check_mixing(self)
         if self.distribution not in DISTRIBUTIONS:
             raise unknown_name("distribution", str(self.distribution), DISTRIBUTIONS)
-        check_counts(self, "tangents", "chunk")
+        check_counts(self, "tangents", "chunk", "partition")
 
     @property
     def needs_key(self) -> bool:
@@ -128,11 +131,17 @@ class AbstractPerturbedActivities(AbstractEstimator):
         """An activation moved by `eps` along its tangent, and cut off from it in reverse mode."""
 
     @abc.abstractmethod
-    def _changes(self, evaluate: Evaluate, program: Program) -> tuple[Any, list[Array]]:
+    def _changes(
+        self, evaluate: Evaluate, program: Program, tangents: range
+    ) -> tuple[Any, list[Array]]:
         """What is not to be differentiated where nothing moves, and the losses' changes.
 
-        The first axis of a change is that of the tangents.
+        The first axis of a change is that of the tangents, which have these numbers.
         """
+
+    @abc.abstractmethod
+    def _cut(self, eps: Array, z: Array) -> Array:
+        """An activation that moves with those before it, and is cut off in reverse mode."""
 
     def value_and_grad(
         self, fun: Objective, params: PyTree[Array], key: Key[Array, ""] | None
@@ -177,7 +186,7 @@ class AbstractPerturbedActivities(AbstractEstimator):
             )
             one = jnp.ones_like(total)
             if not shifted:
-                gradients = [self._gradient(a, changes, given) for a in noted]
+                gradients = self._gradients(noted, changes, given)
                 return writes, (pullback((one, gradients))[0], None)
             last, known = pulled_back(pullback, (one, [zero(a) for a in z]))
             guesses, learn = [], lambda _: None
@@ -216,13 +225,14 @@ class AbstractPerturbedActivities(AbstractEstimator):
     ) -> tuple[list[Array], Any]:
         """The estimates for a stage's activations, and what is learned about the guesses."""
         changes = self._unexpected(given, noted, guesses, changes)
-        gradients = [self._gradient(a, changes, given) for a in noted]
+        gradients, tangents = self._gradients(noted, changes, given), self._shared_out(noted, given)
 
         def left(guess):
             a, gradient = noted[guess.position], gradients[guess.position]
             if len(a.terms) > 1:
                 own = tuple(item for item in a.places if item[0][0] == guess.term)
-                gradient = self._gradient(dataclasses.replace(a, places=own), changes, given)
+                a = dataclasses.replace(a, places=own)
+                gradient = self._gradient(a, changes, given, tangents[a.number])
             return guess.digits.in_front(gradient)
 
         learned = learn([left(guess) for guess in guesses])
@@ -244,12 +254,17 @@ class AbstractPerturbedActivities(AbstractEstimator):
             return changes
         # See `_gradient`; to draw tangents once more costs less than to carry `u B'` along.
         given = given._replace(key=_key_after(changes, given.key))
+        tangents = self._shared_out(noted, given)
 
         def expected(k):
             found: dict[int, Array] = {}
             for guess in guesses:
-                u = noted[guess.position].each(lambda a: given.tangent(self, a, k))
+                a = noted[guess.position]
+                u = a.each(lambda a: given.tangent(self, a, k))
                 own = jnp.sum(guess.digits.in_front(u) * guess.value, axis=1)
+                if self.partition > 1:
+                    theirs = tangents[a.number]
+                    own = jnp.where((k >= theirs.start) & (k < theirs.stop), own, 0)
                 found[guess.term] = found[guess.term] + own if guess.term in found else own
             return found
 
@@ -271,19 +286,20 @@ class AbstractPerturbedActivities(AbstractEstimator):
 
         The latter are the losses' changes along each tangent (their first axis if there are
         several), what is known of the activations and of the last layers', and all that the stage
-        computes. `shifts` are
-        zeros that are added to the activations, once these are cut off.
+        computes. `shifts` are zeros that are added to the activations, once these are cut off.
         """
         program = given.program
         places = program.terms_of(stage)
 
-        def evaluate(eps, k, held=None, apart=False):
+        def evaluate(eps, k, held=None, apart=False, only=None):
             cut = jax.lax.stop_gradient if held is None else held
 
             def moved(activation):
                 z = activation.value
                 if eps is None:
                     return jax.lax.stop_gradient(z)
+                if only is not None and activation.number not in only:
+                    return jax.lax.stop_gradient(cut(z)) if apart else self._cut(eps, z)
                 return self._moved(eps, cut(z) if apart else z, given.tangent(self, activation, k))
 
             def perturb(activation):
@@ -299,11 +315,37 @@ class AbstractPerturbedActivities(AbstractEstimator):
             inner, last = ([a for a in noted if a.last is kind] for kind in (False, True))
             return [writes[i] for i in places.values()], (writes, inner, last)
 
-        (writes, noted, last), changes = self._changes(evaluate, program)
+        (writes, noted, last), changes = self._changes_in_parts(evaluate, given)
         total = sum([total_of(writes[i]) for i in places.values()], start=jnp.zeros(()))
         by_term = [dict(zip(places, changes, strict=True)).get(i) for i in range(program.terms)]
         z = [a.value for a in noted]
         return (total, z), (program.losses(by_term), (noted, last), writes)
+
+    def _changes_in_parts(self, evaluate: Evaluate, given: "_Given") -> tuple[Any, list[Array]]:
+        """As `_changes`, along tangents each of which is in one part of the activations."""
+        if self.partition == 1:
+            return self._changes(evaluate, given.program, range(self.tangents))
+        noted = jax.eval_shape(lambda: evaluate(None, 0)[1][1])
+        found = [
+            self._changes(
+                functools.partial(evaluate, only=part.numbers), given.program, part.tangents
+            )
+            for part in self._parts(noted, given)
+        ]
+        rest, changes = zip(*found, strict=True)
+        return rest[0], [jnp.concatenate(parts) for parts in zip(*changes, strict=True)]
+
+    def _parts(self, noted: Sequence[Activation], given: "_Given") -> list["_Part"]:
+        """Which activations are perturbed together, and along which tangents."""
+        numbers = sorted({a.number for a in noted if a.variable not in given.direct})
+        count = max(1, min(self.partition, self.tangents, len(numbers)))
+        ends = [
+            [i * size // count for i in range(count + 1)] for size in (len(numbers), self.tangents)
+        ]
+        return [
+            _Part(frozenset(numbers[slice(*own)]), range(*tangents))
+            for own, tangents in zip(*map(itertools.pairwise, ends), strict=True)
+        ]
 
     def _not_perturbed(self, program: Program) -> frozenset[Any]:
         """The activations that reverse mode goes through, from the next ones that are perturbed.
@@ -339,8 +381,21 @@ class AbstractPerturbedActivities(AbstractEstimator):
         u = u.astype(z.dtype)
         return u if activation.mask is None else jnp.where(activation.mask, u, 0)
 
-    def _gradient(self, activation: Activation, changes: Losses, given: "_Given") -> Array:
-        """The estimate of the losses' derivative by an activation."""
+    def _gradients(
+        self, noted: Sequence[Activation], changes: Losses, given: "_Given"
+    ) -> list[Array]:
+        """The estimates of the losses' derivatives by activations."""
+        own = self._shared_out(noted, given)
+        return [self._gradient(a, changes, given, own.get(a.number, range(1))) for a in noted]
+
+    def _shared_out(self, noted: Sequence[Activation], given: "_Given") -> dict[int, range]:
+        """The tangents of each perturbed activation, by its number."""
+        return {n: part.tangents for part in self._parts(noted, given) for n in part.numbers}
+
+    def _gradient(
+        self, activation: Activation, changes: Losses, given: "_Given", tangents: range
+    ) -> Array:
+        """The estimate of the losses' derivative by an activation, from its own tangents."""
         if activation.variable in given.direct:
             return jnp.zeros_like(activation.value)
         if self.distribution == "rademacher":
@@ -357,11 +412,21 @@ class AbstractPerturbedActivities(AbstractEstimator):
 
         # One after another: together, the tangents would be K times as large as the activation.
         estimate = jax.lax.fori_loop(
-            1, self.tangents, lambda k, total: total + along(k), along(jnp.zeros((), int))
+            tangents.start + 1,
+            tangents.stop,
+            lambda k, total: total + along(k),
+            along(jnp.full((), tangents.start)),
         )
         # A derivative by a complex number has the conjugate of the direction it is found along.
-        estimate = jnp.conj(estimate / self.tangents).astype(activation.value.dtype)
+        estimate = jnp.conj(estimate / len(tangents)).astype(activation.value.dtype)
         return placed_like(estimate, activation.value)
+
+
+class _Part(NamedTuple):
+    """Activations by their numbers, and the tangents that are theirs."""
+
+    numbers: frozenset[int]
+    tangents: range
 
 
 class _Given(NamedTuple):

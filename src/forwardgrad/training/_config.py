@@ -185,9 +185,13 @@ class NoiseSettings(Settings):
 
     def around(self, estimator: Perturbation) -> AbstractEstimator:
         """The estimator with all of it."""
-        balanced = self.balance != "none"
-        found = BalancedTangents(estimator, rule=self.balance) if balanced else estimator
-        return ControlVariate(found) if self.control_variate else found
+        found = estimator
+        if self.balance != "none":
+            found = BalancedTangents(estimator, rule=self.balance)
+        if not self.control_variate:
+            return found
+        assert not isinstance(found, WeightPerturbation)
+        return ControlVariate(found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
