@@ -158,6 +158,7 @@ RIGHT = {0: (W["second"] @ W["last"]).T, 1: W["last"].T}
     [
         (fg.ActivityPerturbation(), 1e-5),
         (fg.ActivityPerturbation(tangents=3), 1e-5),
+        (fg.ActivityPerturbation(tangents=3, partition=2), 1e-5),
         (fg.NodePerturbation(sigma=1e-3), 3e-3),
         (fg.BalancedTangents(fg.ActivityPerturbation()), 1e-5),
     ],

@@ -132,14 +132,11 @@ class _Activities(AbstractBalanced):
     def layers(self, program: Program) -> Layers:
         exact = self._estimator._direct(program)
         not_perturbed = self._estimator._not_perturbed(program) | exact
-        hooks = Hooks(activation=lambda a: a.value)
-        noted = jax.eval_shape(
-            lambda leaves: program.with_hooks(leaves, hooks)[2].activations, program.leaves
-        )
         found: Layers = {}
-        for a in noted:
+        for a in program.described():
             if a.last or a.variable in not_perturbed:
                 continue
+            assert a.variable is not None
             layer = program.plan.layers.get(id(program.plan.outputs[a.variable].eqn))
             lengths = a.value.shape[: a.stacked]
             loops = tuple((i, lengths[i]) for i in (() if layer is None else layer.own_loops))

@@ -22,7 +22,7 @@ from forwardgrad.estimators._perturbed_activities import (
     Steering,
 )
 from forwardgrad.estimators._steering import check_no_exchange, check_no_refs, check_one_by_one
-from forwardgrad.rewrite import Activation, Hooks, Program
+from forwardgrad.rewrite import Activation, Program
 
 
 class Variate(eqx.Module):
@@ -183,11 +183,7 @@ class ControlVariate(AbstractStatefulEstimator):
 
     def _zeros(self, program: Program) -> tuple[Any, Any]:
         """Weights and Gram matrices of zero."""
-        hooks = Hooks(activation=lambda a: a.value)
-        noted = jax.eval_shape(
-            lambda leaves: program.with_hooks(leaves, hooks)[2].activations, program.leaves
-        )
-        pairs = _Baseline(self, program, None).pairs(noted)
+        pairs = _Baseline(self, program, None).pairs(program.described())
         if not pairs:
             raise InputError(
                 "ControlVariate finds no perturbed activation of which each entry has losses of "

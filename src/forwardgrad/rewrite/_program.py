@@ -17,7 +17,7 @@ from forwardgrad._losses import Losses
 from forwardgrad.rewrite import _control, _rules  # noqa: F401  (they register their rules)
 from forwardgrad.rewrite._axes import NamedAxes, Places
 from forwardgrad.rewrite._flow import Influence, Part, Place
-from forwardgrad.rewrite._layers import Hooks, LayerWalk, Noted
+from forwardgrad.rewrite._layers import Activation, Hooks, LayerWalk, Noted
 from forwardgrad.rewrite._perturbed import (
     RANK,
     TANGENTS,
@@ -143,6 +143,13 @@ class Program:
         outs = walk.arrays(self._closed.jaxpr, self._closed.consts, leaves)
         arrays = [jnp.asarray(out) for out in outs]
         return arrays[: self.terms], arrays[self.terms :], walk.noted
+
+    def described(self) -> list[Activation]:
+        """All activations, with the shapes of their values in the place of these."""
+        hooks = Hooks(activation=lambda a: a.value)
+        return jax.eval_shape(
+            lambda leaves: self.with_hooks(leaves, hooks)[2].activations, self.leaves
+        )
 
     @functools.cached_property
     def stages(self) -> list[Stage]:
