@@ -282,7 +282,10 @@ def _beside(cell: TokenCell, cells: Sequence[TokenCell]) -> float | None:
 
 
 def _figure(cells: Sequence[TokenCell]) -> Figure:
-    """Test losses against tokens, operations and time, a row of pictures a network."""
+    """Test losses against tokens, operations and time, a row of pictures a network.
+
+    With more tangents, a line is thicker.
+    """
     networks = grouped(cells, lambda cell: cell.network)
     figure, every = panels(len(networks), 3, size=(15, 4.2 * len(networks)), sharey="row")
     for axes, (network, of_network) in zip(every, networks.items(), strict=True):
@@ -292,6 +295,7 @@ def _figure(cells: Sequence[TokenCell]) -> Figure:
             steps = np.array(own[0].steps)
             style = {"color": color, "linestyle": line, "marker": marker, "ms": 3, "label": method}
             style["alpha"] = 0.5 if "+" in method else 1.0
+            style["linewidth"] = 0.8 + 0.3 * math.log2(own[0].tangents or TANGENTS) / 2
             times = np.mean([cell.times for cell in own], axis=0)
             for panel, x in zip(
                 axes, (steps * own[0].tokens, steps * own[0].operations, times), strict=True

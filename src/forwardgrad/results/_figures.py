@@ -21,6 +21,7 @@ COLORS = {
     "dfa": "#cf5fa5",
     "fg-w": "#c87512",
     "fg-a": "#d8453e",
+    "np": "#2e8b57",
     "": "#84878c",
 }
 """By estimator, each with a contrast of three to one on white and on black; last: any other."""
