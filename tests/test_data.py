@@ -33,6 +33,7 @@ from data_helpers import (
 )
 from forwardgrad import InputError, data
 from forwardgrad.data import _access, _decode, _stream, _tables
+from forwardgrad.data._dataset import held_out
 
 
 @pytest.fixture(scope="session")
@@ -520,6 +521,28 @@ def test_bad_image_size(tmp_path, size):
         data.load(str(write_pair(tmp_path)), image_size=size)
     with fails(f"image_size .={size}. is not for dataset 'digits'"):
         data.load("digits", image_size=size)
+
+
+def test_images_are_held_out(tmp_path):
+    found = data.load(str(write_pair(tmp_path, train=30)))
+    images = found.train.take(np.arange(30))[0]
+    cut = held_out(found, 0.2)
+    parts = [split.take(np.arange(len(split)))[0] for split in (cut.train, cut.validation)]
+    assert [len(part) for part in parts] == [24, 6]
+    assert {image.tobytes() for part in parts for image in part} == {i.tobytes() for i in images}
+    assert len(cut.test) == len(found.test)
+    np.testing.assert_array_equal(parts[1], held_out(found, 0.2).validation.take(np.arange(6))[0])
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 0), (0.99, 12)])
+def test_too_few_or_all_are_held_out(tmp_path, share, count):
+    with fails(rf"hold_out \(={share}\) of 12 training images is {count} of them"):
+        held_out(data.load(str(write_pair(tmp_path))), share)
+
+
+def test_streamed_images_are_not_held_out(tmp_path):
+    with fails("hold_out must be 0 where images are streamed, got 0.2"):
+        held_out(data.load(str(write_pair(tmp_path)), stream=True), 0.2)
 
 
 # Streams

@@ -33,7 +33,7 @@ from forwardgrad.experiments import _scaling as scaling
 from forwardgrad.experiments import _toy as toy
 from forwardgrad.experiments._experiment import read_out
 from forwardgrad.networks import SIZES
-from forwardgrad.results import CurveCell, Grid, TableCell, csv, read, without_none
+from forwardgrad.results import CurveCell, Grid, Summary, TableCell, csv, read, without_none
 from forwardgrad.training import _batches
 
 
@@ -237,6 +237,31 @@ def test_compare(tmp_path):
         assert min(figure.size) > 300
     with pytest.raises(InputError, match="holds results for epochs 1, not 2: pass another --out"):
         COMPARE.run(COMPARE.options(**{**settings, "epochs": 2}))
+
+
+@pytest.mark.slow
+def test_a_table_whose_learning_rates_are_searched(tmp_path):
+    settings = {"network": "s/1/1", "epochs": 1, "out": tmp_path, "seeds": 2}
+    chosen = COMPARE.options(
+        **settings, algorithms=("bp",), search_iterations=5, rates=(1e-12, 3e-2)
+    )
+    COMPARE.run(chosen)
+    first, second = json.loads((tmp_path / "compare.json").read_text())["cells"]
+    assert first["rates"] == second["rates"] == [1e-12, 3e-2]
+    assert first["rate_losses"] == second["rate_losses"]
+    assert first["rate_losses"][0] > first["rate_losses"][1]
+    assert first["learning_rate"] == second["learning_rate"] == 3e-2
+    searched = [path for path in (tmp_path / "runs").iterdir() if "5" in path.name.split("-")]
+    summaries = [read(path / "summary.json", Summary) for path in searched]
+    # A tenth of 1,437 images is held out in the search, and none after it.
+    assert [summary.steps for summary in summaries] == [5, 5]
+    assert [s.validation_loss for s in sorted(summaries, key=lambda s: s.train_loss)] == sorted(
+        first["rate_losses"]
+    )
+    cells = [path for path in (tmp_path / "runs").iterdir() if path not in searched]
+    assert [read(path / "summary.json", Summary).validation_loss for path in cells] == [None] * 2
+    with pytest.raises(InputError, match="results for search_iterations 5, not 0"):
+        COMPARE.run(COMPARE.options(**settings))
 
 
 @pytest.mark.slow

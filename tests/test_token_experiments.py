@@ -9,8 +9,9 @@ import pytest
 
 import forwardgrad as fg
 from forwardgrad.cli import main
+from forwardgrad.experiments._search import RATES, climb
 from forwardgrad.experiments._token_cosines import _levels, _measured
-from forwardgrad.experiments._tokens import RATES, _climb, method_of
+from forwardgrad.experiments._tokens import method_of
 from forwardgrad.training import configure, problem
 
 SMALL = ["--networks", "gpt/1/8", "--context", "8", "--iterations", "4", "--eval-steps", "2"]
@@ -27,7 +28,7 @@ def test_the_search_stops_where_the_loss_rises(best, first, tried):
         found.append(RATES.index(rate))
         return abs(RATES.index(rate) - best)
 
-    _climb(loss, first)
+    climb(loss, first)
     assert found == tried
 
 
@@ -38,7 +39,7 @@ def test_the_search_goes_down_from_what_diverges():
         found.append(rate)
         return math.inf if rate > 1e-3 else 1.0
 
-    _climb(loss, RATES.index(3e-3))
+    climb(loss, RATES.index(3e-3))
     assert found[-1] == 3e-4
 
 

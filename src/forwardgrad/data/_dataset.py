@@ -1,6 +1,7 @@
 """What a data set of images is to the rest of the package, and what a split of any is."""
 
 import abc
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from forwardgrad._errors import InputError
 # Keeps the division by `std` harmless where a channel is (nearly) constant: one grey level.
 _LEAST_STD = 1 / 255
 _PART = 1024
+_HOLD_OUT_SEED = 0
 
 Batch = (
     tuple[UInt8[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]
@@ -119,6 +121,7 @@ class Dataset:
     - `train`, `test`: the two splits.
     - `mean`, `std`: of each channel over the training images scaled to [0, 1] (a sample of
         them, if they are streamed). `std` is at least 1/255, so that it can be divided by.
+    - `validation`: training images that were held out, if any were.
     """
 
     name: str
@@ -128,6 +131,25 @@ class Dataset:
     test: Split
     mean: Float[np.ndarray, " channels"]
     std: Float[np.ndarray, " channels"]
+    validation: Split | None = None
+
+
+def held_out(data: Dataset, share: float) -> Dataset:
+    """The data set with a share of its training images for validation, always the same ones.
+
+    **Raises:**
+
+    `InputError` if they are streamed, or none would be left.
+    """
+    train = data.train
+    if not isinstance(train, ResidentSplit):
+        raise InputError(f"hold_out must be 0 where images are streamed, got {share}")
+    rows = np.random.default_rng(_HOLD_OUT_SEED).permutation(len(train))
+    count = round(share * len(train))
+    if not 0 < count < len(train):
+        raise InputError(f"hold_out (={share}) of {len(train)} training images is {count} of them")
+    parts = (ResidentSplit(*train.take(np.sort(part))) for part in (rows[count:], rows[:count]))
+    return dataclasses.replace(data, **dict(zip(("train", "validation"), parts, strict=True)))
 
 
 def channel_statistics(

@@ -21,23 +21,29 @@ from forwardgrad.experiments._experiment import (
     Experiment,
     Job,
     Presented,
-    RunOptions,
     check_names,
     read_out,
     run_config,
     run_folder,
     run_job,
 )
+from forwardgrad.experiments._search import SearchOptions, search
 from forwardgrad.results import Place, Table, TableCell, look, over_seeds
 from forwardgrad.results._figures import panels
 from forwardgrad.training import ALGORITHMS as KNOWN
-from forwardgrad.training._config import Augment
+from forwardgrad.training._config import Augment, changed
 
 ALGORITHMS = (
     *("bp", "l-bp", "lg-bp", "fa", "l-fa", "lg-fa", "dfa"),
     *("fg-w", "fg-a", "lg-fg-w", "lg-fg-a"),
 )
 """The rows of the paper's tables, in its order."""
+
+FIRST_RATE = 1e-2
+"""Where the search for a learning rate begins."""
+
+HOLD_OUT = 0.1
+"""Share of the training images that the search is judged by."""
 
 UNTRAINED = "untrained"
 """A row of Table 4: a readout of the network as it was initialised."""
@@ -78,7 +84,7 @@ TABLE4_PAPER = _papers({
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TableOptions(RunOptions):
+class TableOptions(SearchOptions):
     """Settings of any of the tables."""
 
     algorithms: tuple[str, ...] = ALGORITHMS
@@ -168,7 +174,7 @@ def _chosen(columns: Columns, options: Any) -> list[str]:
 
 def _make(job: Job, options: Any, console: Console) -> dict[str, Any]:
     if job.place["algorithm"] != UNTRAINED:
-        return run_job(job, options, console)
+        return _train(job, options, console)
     for other in KNOWN:
         folder = run_folder(options, {**job.place, "algorithm": other}, job.seed)
         if (folder / "summary.json").exists():
@@ -177,6 +183,21 @@ def _make(job: Job, options: Any, console: Console) -> dict[str, Any]:
         f"algorithm {UNTRAINED!r} needs a finished run of {job.place['column']} with seed "
         f"{job.seed} in {options.out}/runs: add another algorithm"
     )
+
+
+def _train(job: Job, options: Any, console: Console) -> dict[str, Any]:
+    """A cell that is trained, with a learning rate that is searched if the options say so."""
+    if not options.search_iterations:
+        return run_job(job, options, console)
+    assert job.config is not None
+    warmup = job.config.optimisation.warmup
+    short = {"hold_out": HOLD_OUT, "warmup": min(warmup, options.search_iterations // 4)}
+    config = functools.partial(changed, job.config)
+    rate, tried = search(
+        job, lambda **given: config({**short, **given}), FIRST_RATE, options, console
+    )
+    job = job._replace(config=config({"learning_rate": rate}))
+    return {**run_job(job, options, console), **tried}
 
 
 def _present(papers: Papers, error: str, cells: Sequence[TableCell]) -> Presented:
@@ -224,7 +245,7 @@ def _table(
         plan=functools.partial(_plan, columns, task),
         make=_make,
         present=functools.partial(_present, papers, error),
-        same=("epochs", "batch_size", *same),
+        same=("epochs", "batch_size", "search_iterations", *same),
         title=title,
         error=error,
         columns={column: key for key, group in columns.items() for column in group},

@@ -5,14 +5,14 @@ its own, with a learning rate that shorter runs have found, so an interrupted ex
 where it was.
 
 A method is called `ALGORITHM[+OPTION...][@TANGENTS]`, such as `lg-fg-a+exact@16`. Its learning rate
-is searched on the validation text: from the middle of a grid of factors 3, upwards as long as the
-loss falls, or else downwards. All seeds then have the rate of the first one.
+is searched on the validation text.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,18 +20,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from forwardgrad._console import Console
-from forwardgrad._errors import DivergedError, InputError, unknown_name
+from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._estimation import estimation
 from forwardgrad.experiments._experiment import (
     Cells,
     Experiment,
     Job,
     Presented,
-    RunOptions,
     ending,
     run_config,
     trained,
 )
+from forwardgrad.experiments._search import SearchOptions, search
 from forwardgrad.results import TokenCell, look, markdown, over_seeds
 from forwardgrad.results._figures import panels
 from forwardgrad.results._tables import grouped
@@ -53,9 +53,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """What can be added to an algorithm."""
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-"""Learning rates of the search."""
-
 FIRST_RATE = {"sgd": 1e-1, "adamw": 3e-3}
 """Where the search begins, by the optimiser."""
 
@@ -64,7 +61,7 @@ CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokensOptions(RunOptions):
+class TokensOptions(SearchOptions):
     """Settings of `reproduce tokens`."""
 
     methods: tuple[str, ...] = (
@@ -84,9 +81,6 @@ class TokensOptions(RunOptions):
     iterations: int = 1000
     """Steps of each run."""
     search_iterations: int = 300
-    """Steps of each run of the search for a learning rate."""
-    rates: tuple[float, ...] = ()
-    """Learning rates that are tried. Default: as many of 1e-4, 3e-4, 1e-3, ... as it takes."""
     eval_steps: int = 100
     """Steps between the points of the curves, losses on the test text."""
     seeds: int = 3
@@ -152,17 +146,18 @@ def _plan(options: TokensOptions) -> Iterator[Job]:
 
 
 def _make(job: Job, options: TokensOptions, console: Console) -> dict[str, Any]:
-    searched = _search(job, options, console)
-    rate = min(searched, key=lambda rate: searched[rate])
-    config = config_of(options, **_named(job), seed=job.seed, learning_rate=rate)
+    assert job.config is not None
+    first = FIRST_RATE[job.config.optimisation.optimizer]
+    settings = functools.partial(config_of, options, **_named(job))
+    rate, tried = search(job, settings, first, options, console)
+    config = settings(seed=job.seed, learning_rate=rate)
     run = trained(job._replace(config=config), options, console)
     lines = [line for line in run.measurements if line.event == "steps"]
     losses = ("test_loss", "validation_loss", "bits_per_character")
     return {
         **ending(run, options),
         **{name: getattr(run.result, name) for name in losses},
-        "rates": tuple(searched),
-        "rate_losses": tuple(searched.values()),
+        **tried,
         "steps": tuple(line.step for line in lines),
         "losses": tuple(float(f"{line.test_loss:.5g}") for line in lines),
         "times": tuple(round(line.seconds or 0.0, 3) for line in lines),
@@ -190,56 +185,6 @@ def _operations(config: TrainConfig) -> float:
 
 def _named(job: Job) -> dict[str, str]:
     return {"name": job.place["method"], "network": job.place["network"]}
-
-
-def _search(job: Job, options: TokensOptions, console: Console) -> dict[float, float]:
-    """Validation losses by learning rate, of shorter runs with the first seed.
-
-    **Raises:**
-
-    `DivergedError` if all of them diverged.
-    """
-    if len(options.rates) == 1:
-        return {options.rates[0]: 0.0}
-    found: dict[float, float] = {}
-
-    def loss(rate: float) -> float:
-        short = {"iterations": options.search_iterations, "eval_steps": None}
-        config = config_of(options, **_named(job), learning_rate=rate, **short)
-        place = {**job.place, "rate": rate, "steps": options.search_iterations}
-        try:
-            value = trained(Job(place, 0, config), options, None).result.validation_loss
-        except DivergedError:
-            value = math.inf
-        assert value is not None
-        if not job.seed:
-            name = job.place["method"]
-            console.print(f"{name}, learning rate {rate}: {value:.3f}", highlight=False)
-        return found.setdefault(rate, value)
-
-    if options.rates:
-        for rate in options.rates:
-            loss(rate)
-    else:
-        assert job.config is not None
-        _climb(loss, RATES.index(FIRST_RATE[job.config.optimisation.optimizer]))
-    if min(found.values()) == math.inf:
-        raise DivergedError(
-            f"method {job.place['method']!r} diverged with learning rates {[*found]}"
-        )
-    return dict(sorted(found.items()))
-
-
-def _climb(loss: Callable[[float], float], first: int) -> None:
-    """Go up the learning rates from the first one while the loss falls; or else, down."""
-    lowest = start = loss(RATES[first])
-    for rates in (RATES[first + 1 :], RATES[:first][::-1]):
-        for rate in rates:
-            if not (there := loss(rate)) < lowest:
-                break
-            lowest = there
-        if lowest < start:
-            return
 
 
 def _present(cells: Sequence[TokenCell]) -> Presented:

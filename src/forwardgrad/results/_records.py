@@ -98,6 +98,7 @@ class Summary(Outcome):
     train_loss: Number
     test_loss: Number | None = None
     validation_loss: Number | None = None
+    validation_error: Percent | None = None
     bits_per_character: Number | None = None
 
 
@@ -148,7 +149,11 @@ class AbstractCell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell(AbstractCell):
-    """A run: where it stands, what it ended with, its settings."""
+    """A run: where it stands, what it ended with, its settings.
+
+    If its learning rate was searched, `rates` were tried in shorter runs, with the validation
+    losses `rate_losses`.
+    """
 
     seed: Annotated[int, Meta(ge=0, lt=MOST_SEEDS)]
     test_error: Percent
@@ -162,6 +167,8 @@ class Cell(AbstractCell):
     momentum: Number | None = None
     tangents: Count | None = None
     exact_last: bool | None = None
+    rates: tuple[NotNegative, ...] | None = None
+    rate_losses: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,8 +211,7 @@ class CurveCell(Cell):
 class TokenCell(Cell):
     """A run on text: losses in nats a token, those of the test text on the way.
 
-    `rates` were tried in shorter runs, with the validation losses `rate_losses`. A step sees so
-    many `tokens`, and a gradient takes so many `operations`.
+    A step sees so many `tokens`, and a gradient takes so many `operations`.
     """
 
     COLUMN = ("network",)
@@ -216,8 +222,6 @@ class TokenCell(Cell):
     validation_loss: Number
     test_loss: Number
     bits_per_character: Number
-    rates: tuple[NotNegative, ...]
-    rate_losses: tuple[float, ...]
     steps: tuple[Count, ...]
     losses: tuple[Number, ...]
     times: tuple[NotNegative, ...]

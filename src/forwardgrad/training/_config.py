@@ -95,6 +95,8 @@ class ImageSettings(Settings):
     """Read parquet files in place, on this machine or the hub, and make no copy in the cache."""
     normalise: bool = True
     """Subtract the training images' mean and divide by their standard deviation, per channel."""
+    hold_out: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of the training images, drawn at random, that are for validation instead."""
     augmentation: AugmentationSettings
 
 

@@ -19,7 +19,7 @@ from forwardgrad._errors import DivergedError, InputError
 from forwardgrad._files import write_text, writing
 from forwardgrad.data import Dataset, Text
 from forwardgrad.results import Measurement, Summary, read_lines, save, write
-from forwardgrad.training._batches import Feed
+from forwardgrad.training._batches import Evaluation, Feed
 from forwardgrad.training._checkpoint import Checkpoints, Progressed
 from forwardgrad.training._config import TrainConfig, of_the_result, options_of
 from forwardgrad.training._devices import Devices
@@ -251,14 +251,12 @@ class _Session:
         """Measure the final errors, and write the sample, the picture and the summary."""
         self._save(wait=True)
         train_error = self.setup.on_train(self.state.params).error
-        of_text = self.setup.on_validation
-        validation_loss = None if of_text is None else of_text(self.state.params).loss
-        summary = self.devices.first(
-            lambda: self._write_summary(train_error, validation_loss), Summary
-        )
+        measure = self.setup.on_validation
+        validation = None if measure is None else measure(self.state.params)
+        summary = self.devices.first(lambda: self._write_summary(train_error, validation), Summary)
         return Run(self.folder, self.config, tuple(self.lines), summary)
 
-    def _write_summary(self, train_error: float, validation_loss: float | None) -> Summary:
+    def _write_summary(self, train_error: float, validation: Evaluation | None) -> Summary:
         config, lines = self.config, tuple(self.lines)
         assert lines[-1].test_error is not None
         assert lines[-1].loss is not None
@@ -273,10 +271,11 @@ class _Session:
             train_loss=lines[-1].loss,
             test_loss=lines[-1].test_loss,
             bits_per_character=lines[-1].bits_per_character,
-            validation_loss=validation_loss,
+            validation_loss=None if validation is None else validation.loss,
+            validation_error=None if validation is None else validation.error,
             seconds=self.seconds,
         )
-        if validation_loss is not None:
+        if self.setup.tokens_per_step is not None:
             write_text(self.folder / SAMPLE, self.setup.sample(self.state.params))
         title = f"{config.algorithm}, {config.network}, {config.dataset}"
         save(curves(lines, title), self.folder / CURVES)

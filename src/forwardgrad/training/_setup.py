@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 from forwardgrad._errors import MOST, InputError
 from forwardgrad._losses import Losses
 from forwardgrad.data import Dataset, ResidentSplit, Text, load, load_text
+from forwardgrad.data._dataset import held_out
 from forwardgrad.data._text import holds_text
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.networks import AbstractNetwork, build, continuation
@@ -166,9 +167,9 @@ class Setup:
             self.predict, self.data.train, limit, batch, devices=devices
         )
         self.on_validation = None
-        if isinstance(self.data, Text):
+        if (validation := self.data.validation) is not None:
             self.on_validation = make_evaluation(
-                self.predict, self.data.validation, batch=batch, devices=devices
+                self.predict, validation, batch=batch, devices=devices
             )
         self._sample_key = jax.random.fold_in(seed, 1)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -243,12 +244,13 @@ def load_data(config: TrainConfig) -> Dataset | Text:
             "networks of text are called gpt/LAYERS/WIDTH"
         )
     assert isinstance(settings, ImageSettings)
-    return load(
+    data = load(
         *where,
         label_column=settings.label_column,
         image_size=settings.image_size,
         stream=settings.stream,
     )
+    return held_out(data, settings.hold_out) if settings.hold_out else data
 
 
 def build_network(config: TrainConfig, data: Dataset | Text, key: Array) -> AbstractNetwork:
