@@ -142,7 +142,7 @@ def test_step_updates_its_own_parameters():
     step()
     step()
     assert jax.tree.all(jax.tree.map(np.array_equal, before, params))
-    assert not np.array_equal(step._params[0]["W"], before[0]["W"])
+    assert not np.array_equal(step._own[0][0]["W"], before[0]["W"])
     assert step.flops > 0
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from forwardgrad._value_and_grad import value_and_grad
+from forwardgrad._estimation import Estimation, estimation
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.rewrite import after
 
@@ -19,26 +19,27 @@ Loss = Callable[..., Any]
 """`loss(params, *batch)`."""
 
 
-def sgd_step(loss: Loss, estimator: AbstractEstimator | None) -> Callable[..., tuple[PyTree, Any]]:
-    """`step(params, key, *batch) -> (params, value)`: a loss, a gradient and an SGD update.
+def sgd_step(loss: Loss, estimator: AbstractEstimator | None) -> Estimation:
+    """`step((params, state), key, *batch) -> ((params, state), value)`: a gradient and an update.
 
-    Without an estimator, the loss alone ("forward only").
+    The update is that of SGD, and `init` returns the estimator's state. Without an estimator, the
+    step is the loss alone ("forward only").
     """
     if estimator is None:
-        return lambda params, key, *batch: (None, loss(params, *batch))
-    gradient = value_and_grad(loss, estimator)
+        return Estimation(lambda *_: (), lambda own, key, *batch: (None, loss(own[0], *batch)))
+    init, estimate = estimation(loss, estimator)
 
-    def step(params, key, *batch):
-        value, grads = gradient(params, *batch, key=key)
-        return jax.tree.map(
-            lambda p, g: p - LEARNING_RATE * g.astype(p.dtype), params, grads
-        ), value
+    def step(own, key, *batch):
+        params, state = own
+        value, grads, state = estimate(params, *batch, key=key, state=state)
+        params = jax.tree.map(lambda p, g: p - LEARNING_RATE * g.astype(p.dtype), params, grads)
+        return (params, state), value
 
-    return step
+    return Estimation(init, step)
 
 
 class Step:
-    """A compiled step and its own copy of the parameters, which it updates in place.
+    """A compiled step with parameters and an estimator's state of its own, updated in place.
 
     **Arguments:**
 
@@ -51,13 +52,14 @@ class Step:
     def __init__(
         self, loss: Loss, params: PyTree, estimator: AbstractEstimator | None, batch: tuple
     ):
-        donated = () if estimator is None else (0,)
-        jitted = jax.jit(sgd_step(loss, estimator), donate_argnums=donated)
-        self._key = jax.random.key(0)
-        self.compiled = jitted.lower(params, self._key, *batch).compile()
-        self._batch, self._updates = batch, estimator is not None
+        self._key, self._batch, self._updates = jax.random.key(0), batch, estimator is not None
+        init, step = sgd_step(loss, estimator)
+        own = params, jax.eval_shape(init, params, *batch)
+        jitted = jax.jit(step, donate_argnums=(0,) if self._updates else ())
+        self.compiled = jitted.lower(own, self._key, *batch).compile()
         if isinstance(jax.tree.leaves(params)[0], jax.Array):
-            self._params = jax.tree.map(jnp.copy, params) if self._updates else params
+            copy = jax.tree.map(jnp.copy, params) if self._updates else params
+            self._own = copy, jax.jit(init)(params, *batch)
 
     @property
     def temp_bytes(self) -> int:
@@ -75,10 +77,10 @@ class Step:
 
     def __call__(self) -> None:
         """Do one step, and wait for it."""
-        params, value = self.compiled(self._params, self._key, *self._batch)
-        jax.block_until_ready((params, value))
+        own, value = self.compiled(self._own, self._key, *self._batch)
+        jax.block_until_ready((own, value))
         if self._updates:
-            self._params = params
+            self._own = own
 
 
 def interleave(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:

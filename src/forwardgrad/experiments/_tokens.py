@@ -161,12 +161,12 @@ def _make(job: Job, options: TokensOptions, console: Console) -> dict[str, Any]:
         "steps": tuple(line.step for line in lines),
         "losses": tuple(float(f"{line.test_loss:.5g}") for line in lines),
         "times": tuple(round(line.seconds or 0.0, 3) for line in lines),
-        "operations": _operations(config),
+        "operations": operations(config),
         "tokens": config.batch_size * options.context,
     }
 
 
-def _operations(config: TrainConfig) -> float:
+def operations(config: TrainConfig) -> float:
     """XLA's count of a gradient's operations.
 
     It counts a loop once. So all tangents are compiled at once here, and nothing is run.
