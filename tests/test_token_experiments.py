@@ -62,6 +62,10 @@ def test_names_that_are_none(name, message):
     [
         (["tokens", "--methods", "bp@3"], "tangents is not a setting of algorithm 'bp'"),
         (["tokens", "--methods", "bp+exact"], "exact_mixing is not a setting of algorithm 'bp'"),
+        (
+            ["tokens", "--search-iterations", "0", "--rates", "0.1", "0.2"],
+            "rates must be a single one where search_iterations is 0, got (0.1, 0.2)",
+        ),
         (["tokens", "--networks", "mlp"], "network 'mlp' must be called gpt/LAYERS/WIDTH"),
         (["tokens-cosine", "--network", "cnn"], "network 'cnn' must be called gpt/LAYERS/WIDTH"),
         (["tokens-cosine", "--methods", "bp"], "method 'bp' must be one that perturbs"),
@@ -125,3 +129,12 @@ def test_cosines_are_as_predicted(algorithm):
             assert abs(cosine - predicted) < 4 * error + 0.01
         assert kind.predicted[0] < kind.predicted[1] < kind.predicted[2]
         assert kind.of_mean > kind.predicted[1]
+
+
+def test_rates_without_a_search(tmp_path):
+    what = ["--methods", "bp", "--search-iterations", "0", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(["reproduce", "tokens", *SMALL, *what]) == 0
+    (cell,) = json.loads((tmp_path / "tokens.json").read_text())["cells"]
+    usual = configure(network="gpt/1/8", algorithm="bp", optimizer="adamw")
+    assert cell["learning_rate"] == usual.optimisation.learning_rate
+    assert "rates" not in cell

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from forwardgrad._estimation import Estimation, estimation
+from forwardgrad._estimation import estimation
 from forwardgrad.estimators import AbstractEstimator
 from forwardgrad.rewrite import after
 
@@ -19,14 +19,16 @@ Loss = Callable[..., Any]
 """`loss(params, *batch)`."""
 
 
-def sgd_step(loss: Loss, estimator: AbstractEstimator | None) -> Estimation:
-    """`step((params, state), key, *batch) -> ((params, state), value)`: a gradient and an update.
+def sgd_step(
+    loss: Loss, estimator: AbstractEstimator | None
+) -> tuple[Callable[..., PyTree], Callable[..., tuple[PyTree, Any]]]:
+    """`init(params, *batch) -> state` and `step((params, state), key, *batch)`: an SGD update.
 
-    The update is that of SGD, and `init` returns the estimator's state. Without an estimator, the
-    step is the loss alone ("forward only").
+    The step returns `((params, state), value)`. Without an estimator, it is the loss alone
+    ("forward only").
     """
     if estimator is None:
-        return Estimation(lambda *_: (), lambda own, key, *batch: (None, loss(own[0], *batch)))
+        return lambda *_: (), lambda own, key, *batch: (None, loss(own[0], *batch))
     init, estimate = estimation(loss, estimator)
 
     def step(own, key, *batch):
@@ -35,7 +37,7 @@ def sgd_step(loss: Loss, estimator: AbstractEstimator | None) -> Estimation:
         params = jax.tree.map(lambda p, g: p - LEARNING_RATE * g.astype(p.dtype), params, grads)
         return (params, state), value
 
-    return Estimation(init, step)
+    return init, step
 
 
 class Step:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from forwardgrad._console import Console
-from forwardgrad._errors import DivergedError
+from forwardgrad._errors import DivergedError, InputError
 from forwardgrad.experiments._experiment import Job, RunOptions, trained
 from forwardgrad.training import TrainConfig
 
@@ -34,7 +34,7 @@ def search(
     """The learning rate of the lowest validation loss, after shorter runs with the first seed.
 
     `config` makes settings of options; `first` is where the search begins. If `rates` is a single
-    one, that is it.
+    one, that is it. Without a search it is the job's own.
 
     **Returns:**
 
@@ -42,10 +42,18 @@ def search(
 
     **Raises:**
 
-    `DivergedError` if all of them diverged.
+    `DivergedError` if all of them diverged; `InputError` if there are rates to be tried and no
+    steps.
     """
     if len(options.rates) == 1:
         return options.rates[0], {"rates": options.rates, "rate_losses": (0.0,)}
+    if not options.search_iterations:
+        if options.rates:
+            raise InputError(
+                f"rates must be a single one where search_iterations is 0, got {options.rates}"
+            )
+        assert job.config is not None
+        return job.config.optimisation.learning_rate, {}
     name = ", ".join(map(str, job.place.values()))
     found: dict[float, float] = {}
 

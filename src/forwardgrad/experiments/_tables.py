@@ -187,8 +187,6 @@ def _make(job: Job, options: Any, console: Console) -> dict[str, Any]:
 
 def _train(job: Job, options: Any, console: Console) -> dict[str, Any]:
     """A cell that is trained, with a learning rate that is searched if the options say so."""
-    if not options.search_iterations:
-        return run_job(job, options, console)
     assert job.config is not None
     warmup = job.config.optimisation.warmup
     short = {"hold_out": HOLD_OUT, "warmup": min(warmup, options.search_iterations // 4)}

@@ -28,12 +28,11 @@ from forwardgrad.experiments._experiment import (
     Cells,
     Experiment,
     Job,
-    Options,
     Presented,
     run_config,
     trained,
 )
-from forwardgrad.experiments._tokens import check_decoder, config_of, method_of
+from forwardgrad.experiments._tokens import TextOptions, check_decoder, config_of, method_of
 from forwardgrad.results import look, markdown
 from forwardgrad.results._figures import panels
 from forwardgrad.results._records import AbstractCell, Count, Name, NotNegative, Number
@@ -52,7 +51,7 @@ KINDS = ("queries", "keys", "values", "attended", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CosineOptions(Options):
+class CosineOptions(TextOptions):
     """Settings of `reproduce tokens-cosine`."""
 
     methods: tuple[str, ...] = (
@@ -62,12 +61,6 @@ class CosineOptions(Options):
     """Algorithms with options, as for tokens, without numbers of tangents."""
     network: str = "gpt/2/128"
     """A decoder: gpt/LAYERS/WIDTH."""
-    dataset: str = "text"
-    """Text, as for train."""
-    context: int = 64
-    """Tokens of a window."""
-    batch_size: int = 8
-    """Windows of a step."""
     iterations: int = 300
     """Steps of backpropagation before."""
     largest: int = 1024

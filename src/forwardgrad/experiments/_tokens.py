@@ -26,6 +26,7 @@ from forwardgrad.experiments._experiment import (
     Cells,
     Experiment,
     Job,
+    Options,
     Presented,
     ending,
     run_config,
@@ -61,7 +62,19 @@ CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokensOptions(SearchOptions):
+class TextOptions(Options):
+    """Settings of experiments on text."""
+
+    dataset: str = "text"
+    """Text, as for train."""
+    context: int = 64
+    """Tokens of a window."""
+    batch_size: int = 8
+    """Windows of a step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokensOptions(SearchOptions, TextOptions):
     """Settings of `reproduce tokens`."""
 
     methods: tuple[str, ...] = (
@@ -72,12 +85,6 @@ class TokensOptions(SearchOptions):
     +dense, +sgd and @TANGENTS."""
     networks: tuple[str, ...] = ("gpt/2/128",)
     """Decoders: gpt/LAYERS/WIDTH."""
-    dataset: str = "text"
-    """Text, as for train."""
-    context: int = 64
-    """Tokens of a window."""
-    batch_size: int = 8
-    """Windows of a step."""
     iterations: int = 1000
     """Steps of each run."""
     search_iterations: int = 300
