@@ -196,7 +196,7 @@ def rotated(
     half = x.shape[-1] // 2
     speeds = BASE ** -(jnp.arange(half) / half)
     angles = jnp.arange(x.shape[1])[:, None, None] * speeds
-    sine, cosine = jnp.sin(angles), jnp.cos(angles)
+    sine, cosine = jnp.sin(angles).astype(x.dtype), jnp.cos(angles).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate(
         [first * cosine - second * sine, first * sine + second * cosine], axis=-1

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from forwardgrad._errors import InputError
@@ -181,7 +182,8 @@ def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     As `jax.nn.relu`, which XLA's CPU backend computes with an array of zeros where normalisation
     follows.
     """
-    return jax.lax.clamp(0.0, x, jnp.inf)
+    zero, infinity = map(x.dtype.type, (0, np.inf))
+    return jax.lax.clamp(zero, x, infinity)
 
 
 @relu.defjvp

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from forwardgrad.networks._mean import mean
@@ -12,11 +13,12 @@ EPSILON = 1e-5
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def normalise(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """`x` with mean zero and variance one along an axis."""
-    return _normalised(x, axis)[0]
+    """`x` with mean zero and variance one along an axis, computed in float32 at least."""
+    return _normalised(x, axis)[0].astype(x.dtype)
 
 
 def _normalised(x: Array, axis: int) -> tuple[Array, Array]:
+    x = widened(x)
     centred = x - mean(x, axis)
     scale = jax.lax.rsqrt(mean(centred**2, axis) + EPSILON)
     return centred * scale, scale
@@ -27,4 +29,11 @@ def _normalise_jvp(axis, primals, tangents):
     # In terms of the output, which is there anyway, instead of three intermediate results.
     (x,), (dx,) = primals, tangents
     y, scale = _normalised(x, axis)
-    return y, scale * (dx - mean(dx, axis) - y * mean(y * dx, axis))
+    dx = widened(dx)
+    tangent = scale * (dx - mean(dx, axis) - y * mean(y * dx, axis))
+    return y.astype(x.dtype), tangent.astype(x.dtype)
+
+
+def widened(x: Array) -> Array:
+    """`x` in float32 at least, for sums over many entries."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from forwardgrad._errors import InputError
+from forwardgrad.networks._normalise import widened
 from forwardgrad.objectives._task import AbstractTask, Labels, Outputs, PerExample
 
 EPSILON = 1e-6
@@ -82,6 +83,7 @@ class Contrastive(AbstractTask):
 
 def directions(z: Outputs) -> tuple[Array, Array]:
     """Rows of length one, and what they were multiplied with."""
+    z = widened(z)
     scale = jax.lax.rsqrt(jnp.sum(z**2, axis=1, keepdims=True) + EPSILON)
     return z * scale, scale
 

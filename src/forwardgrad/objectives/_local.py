@@ -11,6 +11,7 @@ from forwardgrad._greedy_stages import grouped
 from forwardgrad._losses import Losses
 from forwardgrad.networks import GPT, AbstractNetwork, copy_axes
 from forwardgrad.networks._base import Examples
+from forwardgrad.networks._normalise import widened
 from forwardgrad.objectives._base import AbstractObjective, Outcome, heads_of, with_classifier
 from forwardgrad.objectives._replicated import replicated_loss
 from forwardgrad.objectives._supervised import Supervised
@@ -144,7 +145,7 @@ class LocalLoss(AbstractObjective):
         return self._replicated(network, x, head, labels), (group, "example", patch)
 
     def _replicated(self, network, x, head, labels):
-        features = network.features(x)
+        features = widened(network.features(x))
         groups = network.groups if self.groupwise else 1
         patches = features.shape[2] if self.patchwise else 1
         copies = (groups, patches, features, head.weight, head.bias)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from forwardgrad.networks._normalise import widened
 from forwardgrad.objectives._task import AbstractTask, Labels, Outputs, PerExample
 
 
@@ -17,7 +18,7 @@ def cross_entropy(logits: Float[Array, "batch *tokens classes"], labels: Labels)
 
     Of texts it is that of every token, and the mean is over all tokens.
     """
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels) / labels.size
+    return optax.softmax_cross_entropy_with_integer_labels(widened(logits), labels) / labels.size
 
 
 def wrong(logits: Float[Array, "batch *tokens classes"], labels: Labels) -> Int[Array, ""]:
@@ -36,5 +37,6 @@ class Supervised(AbstractTask):
 
     def error(self, outputs: Outputs, labels: Labels) -> Outputs:
         """The softmax, less one at the label, divided by the number of labels."""
+        outputs = widened(outputs)
         target = jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
         return (jax.nn.softmax(outputs) - target) / labels.size

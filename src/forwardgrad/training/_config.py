@@ -32,6 +32,7 @@ Augment = Literal["none", "crop-flip", "simclr"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "lars"]
 Positions = Literal["rotary", "learned"]
 Balance = Literal["none", "relative", "absolute"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "exponential", "linear"]
 
 Perturbation = AbstractPerturbedActivities | WeightPerturbation
@@ -232,6 +233,9 @@ class TrainConfig(Settings):
     """Continue the run in --out, or start it if there is none."""
     batch_size: Count = 64
     """Examples per step."""
+    precision: Precision = "float32"
+    """What networks compute with: float32; tf32, products of rounded factors, for which NVIDIA GPUs
+    have units; or bfloat16. Parameters, losses and what normalisations sum up are float32."""
     accumulate: Count = 1
     """Parts that a batch is cut into, one after another, with their gradients averaged: for
     batches that do not fit in memory."""

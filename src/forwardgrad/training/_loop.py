@@ -40,6 +40,7 @@ from forwardgrad.training._folder import (
 )
 from forwardgrad.training._interrupt import Interrupted, StopRequest
 from forwardgrad.training._metrics import Metrics, curves
+from forwardgrad.training._precision import products_of
 from forwardgrad.training._progress import Progress
 from forwardgrad.training._setup import Setup, digest
 from forwardgrad.training._state import TrainState
@@ -76,8 +77,8 @@ def fit(
     - `InputError` if a setting, a file or the folder cannot be used, or the loss is not finite.
     - `Interrupted` after SIGINT or SIGTERM, when a checkpoint has been written.
     """
-    devices = devices or Devices()
-    with devices.watched(), Progress(console) as progress:
+    devices, products = devices or Devices(), products_of(config.precision)
+    with devices.watched(), products, Progress(console) as progress:
         devices.check_equal(_version_and_settings(config))
         folder, finished = devices.first(lambda: _look(config), tuple[Path, bool])
         if finished:

@@ -35,6 +35,7 @@ from forwardgrad.training._config import (
     TrainConfig,
 )
 from forwardgrad.training._devices import ONE, Devices
+from forwardgrad.training._precision import rounding
 from forwardgrad.training._state import (
     Loss,
     TrainState,
@@ -123,6 +124,7 @@ class Setup:
     def __init__(self, config: TrainConfig, devices: Devices = ONE):
         self.devices = devices
         _check_divides(config, devices)
+        self._rounded = rounding(config.precision)
         seed = jax.random.key(config.seed)
         weights_key, order_key, step_key = jax.random.split(seed, 3)
         self.data = load_data(config)
@@ -180,11 +182,13 @@ class Setup:
 
     def loss(self, params: PyTree, x: Array, labels: Array) -> tuple[Losses, dict[str, Array]]:
         """What is learned, of examples as a network gets them."""
+        params, x = self._rounded((params, x))
         return self.objective(self.network(params), x, labels)
 
     def predict(self, params: PyTree, examples: Array) -> Array:
         """The logits of examples as they are stored."""
-        return self.network(params)(self.inputs.plain(examples))
+        params, x = self._rounded((params, self.inputs.plain(examples)))
+        return self.network(params)(x).astype(jnp.float32)
 
     def sample(self, params: PyTree) -> str:
         """The beginning of the test text, and how a network of texts goes on from there."""

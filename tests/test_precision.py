@@ -1,0 +1,94 @@
+"""What networks compute with."""
+
+import itertools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+
+import forwardgrad as fg
+from forwardgrad.training import configure, fit, problem
+from forwardgrad.training._config import fitting
+
+KEYS = 32
+
+CASES = [
+    ("m/4/4", "digits", "supervised"),
+    ("m/4/4", "digits", "contrastive"),
+    ("cnn", "digits", "supervised"),
+    ("mlp", "digits", "supervised"),
+    ("gpt/2/32", "text", "supervised"),
+]
+
+
+def in_half(network, dataset, task, algorithm, **settings):
+    """The same step in float32 and in bfloat16."""
+    what = {"network": network, "dataset": dataset, "task": task, "algorithm": algorithm}
+    given = {"batch_size": 16, **what, **settings}
+    return [problem(fitting(precision=p, **given)) for p in ("float32", "bfloat16")]
+
+
+def gradients(step, count):
+    """Of so many keys, as vectors."""
+    fun = fg.value_and_grad(step.loss, step.estimator, has_aux=True)
+
+    def one(key):
+        (value, _), grads = fun(step.params, *step.batch, key=key)
+        assert value.dtype == jnp.float32
+        assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+        return jnp.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
+
+    return jax.lax.map(one, jax.random.split(jax.random.key(5), count))
+
+
+def products(jaxpr, found):
+    """The types of what products and convolutions in a program are made of."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.append(eqn.invars[0].aval.dtype.name)
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            products(inner, found)
+    return found
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] == "supervised"])
+def test_products_are_in_half(case):
+    _, step = in_half(*case, "bp")
+    jaxpr = jax.make_jaxpr(step.loss)(step.params, *step.batch)
+    found = products(jaxpr.jaxpr, [])
+    assert set(found) == {"bfloat16"}
+    assert {a.dtype.name for a in jaxpr.out_avals[:-1]} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("case", "algorithm"),
+    [
+        *itertools.product(CASES, ["bp", "fg-w", "fg-a"]),
+        *[(case, "lg-fg-a") for case in CASES if case[0] not in ("cnn", "mlp")],
+    ],
+)
+def test_gradients_are_nearly_those_of_float32(case, algorithm):
+    """The mean estimate is as far from that of float32 as the exact gradients are, or noise."""
+    steps = in_half(*case, algorithm)
+    exact, near = (gradients(s._replace(estimator=fg.Backpropagation()), 1)[0] for s in steps)
+    rounding = jnp.linalg.norm(near - exact)
+    assert rounding < 0.05 * jnp.linalg.norm(exact)
+    if algorithm != "bp":
+        change = jnp.subtract(*[gradients(step, KEYS) for step in steps])
+        noise = jnp.linalg.norm(change) / KEYS
+        assert jnp.linalg.norm(jnp.mean(change, axis=0)) < 1.5 * (rounding + noise)
+
+
+def test_tf32_is_of_gpus():
+    with pytest.raises(fg.InputError, match="precision 'tf32' is one of NVIDIA GPUs, and JAX's"):
+        fit(configure(precision="tf32"))
+
+
+def test_a_run_in_half_learns_and_keeps_its_precision(tmp_path):
+    given = {"network": "m/1/16", "algorithm": "lg-fg-a", "epochs": 2, "out": tmp_path / "run"}
+    run = fit(configure(**given, precision="bfloat16"))
+    assert run.result.test_error < 20
+    assert fit(configure(**given, precision="bfloat16", resume=True)).result == run.result
+    with pytest.raises(fg.InputError, match=r"precision \('bfloat16' there, 'float32' now\)"):
+        fit(configure(**given, resume=True))
