@@ -262,6 +262,8 @@ def test_a_table_whose_learning_rates_are_searched(tmp_path):
     assert [read(path / "summary.json", Summary).validation_loss for path in cells] == [None] * 2
     with pytest.raises(InputError, match="results for search_iterations 5, not 0"):
         COMPARE.run(COMPARE.options(**settings))
+    with pytest.raises(InputError, match="results for precision float32, not bfloat16"):
+        COMPARE.run(dataclasses.replace(chosen, precision="bfloat16"))
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def test_names_that_are_none(name, message):
             ["tokens", "--search-iterations", "0", "--rates", "0.1", "0.2"],
             "rates must be a single one where search_iterations is 0, got (0.1, 0.2)",
         ),
+        (["tokens", "--search-iterations", "-1"], "search_iterations must be at least 0, got -1"),
         (["tokens", "--networks", "mlp"], "network 'mlp' must be called gpt/LAYERS/WIDTH"),
         (["tokens-cosine", "--network", "cnn"], "network 'cnn' must be called gpt/LAYERS/WIDTH"),
         (["tokens-cosine", "--methods", "bp"], "method 'bp' must be one that perturbs"),

@@ -137,6 +137,8 @@ class Dataset:
 def held_out(data: Dataset, share: float) -> Dataset:
     """The data set with a share of its training images for validation, always the same ones.
 
+    Mean and standard deviation stay those of all training images.
+
     **Raises:**
 
     `InputError` if they are streamed, or none would be left.

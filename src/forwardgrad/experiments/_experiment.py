@@ -18,7 +18,7 @@ from forwardgrad._provenance import provenance
 from forwardgrad.results import MOST_SEEDS, Grid, Place, Readout
 from forwardgrad.results._records import AbstractCell
 from forwardgrad.training import Run, TrainConfig, fit, fit_readout, readout_file
-from forwardgrad.training._config import fitting, known, options_of
+from forwardgrad.training._config import Precision, fitting, known, options_of
 
 MOST_CELLS = 20_000
 """Of an experiment."""
@@ -40,6 +40,8 @@ class RunOptions(Options):
     """Folder with DATASET/{train,test}.parquet. Default: $FORWARDGRAD_DATA, or the hub is asked."""
     seeds: int = 3
     """Runs of each cell."""
+    precision: Precision = "float32"
+    """What networks compute with, as for train: float32, tf32, bfloat16."""
 
 
 class Job(NamedTuple):
@@ -195,7 +197,8 @@ class Experiment:
         if not lexists(path):
             return ()
         found = results.read(path, Grid[self.cells.kind, self.options])
-        for name in self.cells.same:
+        of_runs = ("precision",) if isinstance(options, RunOptions) else ()
+        for name in (*self.cells.same, *of_runs):
             before, now = getattr(found.options, name), getattr(options, name)
             if before != now:
                 raise InputError(

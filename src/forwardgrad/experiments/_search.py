@@ -43,10 +43,12 @@ def search(
     **Raises:**
 
     `DivergedError` if all of them diverged; `InputError` if there are rates to be tried and no
-    steps.
+    steps, or fewer.
     """
+    if options.search_iterations < 0:
+        raise InputError(f"search_iterations must be at least 0, got {options.search_iterations}")
     if len(options.rates) == 1:
-        return options.rates[0], {"rates": options.rates, "rate_losses": (0.0,)}
+        return options.rates[0], {}
     if not options.search_iterations:
         if options.rates:
             raise InputError(

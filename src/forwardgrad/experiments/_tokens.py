@@ -78,8 +78,11 @@ class TokensOptions(SearchOptions, TextOptions):
     """Settings of `reproduce tokens`."""
 
     methods: tuple[str, ...] = (
-        *("bp", "bp+sgd", "lg-bp", "fg-w", "fg-a", "lg-fg-a", "fg-a+exact", "lg-fg-a+exact"),
-        *("lg-fg-a@4", "lg-fg-a+exact@4", "lg-fg-a@64", "lg-fg-a+exact@64", "np@256"),
+        *("bp", "bp+sgd", "lg-bp", "fg-w", "np@256"),
+        *("fg-a", "fg-a+mixing", "fg-a+exact", "fg-a+exact+variate"),
+        *("lg-fg-a", "lg-fg-a+exact", "lg-fg-a+exact+balance", "lg-fg-a+exact+variate"),
+        *("lg-fg-a@4", "lg-fg-a+exact@4", "lg-fg-a+exact+variate@4"),
+        *("lg-fg-a@64", "lg-fg-a+exact@64", "lg-fg-a+exact+variate@64"),
     )
     """Algorithms, with +causal, +mixing, +direct, +exact (the last two), +balance, +variate,
     +dense, +sgd and @TANGENTS."""
