@@ -195,8 +195,9 @@ def _with_shared(
     size = function.largest
     if chunk is None:
         chunk = min(count, max(1, CACHE // max(1, size)))
-    # An operation has its input and its output, each of them once for every tangent at a time.
-    dear = function.kept > 2 * (count - chunk) * size
+    # An operation has its input and its output, each of them once for every tangent at a time. Of
+    # what is kept, XLA keeps half: it makes one value of another one anew.
+    dear = function.kept / 2 > 2 * (count - chunk) * size
     if chunk == count or (dear and not reverse):
         return None
     call = function.start()
