@@ -83,6 +83,8 @@ ALGORITHMS = {
     "lg-bp": (LocalLoss(), fg.Backpropagation()),
     "lg-fg-w": (LocalLoss(), fg.WeightPerturbation(exact_last=True)),
     "lg-fg-a": (LocalLoss(), fg.ActivityPerturbation()),
+    "fg-w, 16 tangents": (GlobalLoss(), fg.WeightPerturbation(tangents=16)),
+    "fg-w, 16 at once": (GlobalLoss(), fg.WeightPerturbation(tangents=16, chunk=16)),
 }
 FG_W, BP = fg.WeightPerturbation(), fg.Backpropagation()
 
@@ -148,3 +150,10 @@ def test_memory_of_greedy_losses_does_not_grow_with_blocks(name, share, blocks):
     assert mixer_temp(name, blocks) <= 1.2 * mixer_temp(name, blocks // 2)
     assert mixer_temp(name, 4) <= share * mixer_temp("bp", 4)
     assert mixer_temp("bp", 4) > 1.5 * mixer_temp("bp", 2)
+
+
+@pytest.mark.slow
+def test_memory_of_many_tangents():
+    """Of one forward pass for all is kept less than all tangents at once would need."""
+    assert mixer_temp("fg-w, 16 tangents", 4) <= 0.5 * mixer_temp("fg-w, 16 at once", 4)
+    assert mixer_temp("fg-w, 16 tangents", 4) <= mixer_temp("bp", 4)
