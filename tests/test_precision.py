@@ -92,3 +92,11 @@ def test_a_run_in_half_learns_and_keeps_its_precision(tmp_path):
     assert fit(configure(**given, precision="bfloat16", resume=True)).result == run.result
     with pytest.raises(fg.InputError, match=r"precision \('bfloat16' there, 'float32' now\)"):
         fit(configure(**given, resume=True))
+
+
+@pytest.mark.parametrize("algorithm", ["np", "lg-np"])
+def test_steps_that_would_be_rounded_away_are_refused(algorithm):
+    """Around 1, the numbers of bfloat16 are 0.0078 apart: steps of 0.01 would be of that size."""
+    _, step = in_half("gpt/2/32", "text", "supervised", algorithm)
+    with pytest.raises(fg.InputError, match=r"size sigma \(=0.01\).* bfloat16 would round"):
+        gradients(step, 1)

@@ -54,7 +54,8 @@ class NodePerturbation(AbstractPerturbedActivities):
     **Raises:**
 
     `InputError` where an argument is out of range; when called, where `ActivityPerturbation` does,
-    and where `vmap` refuses the function or it has effects.
+    where `vmap` refuses the function or it has effects, and where activations have less precision
+    than float32, which would round the noise.
 
     ??? cite "Reference"
 
@@ -92,6 +93,12 @@ class NodePerturbation(AbstractPerturbedActivities):
         return Program(fun, params, forward=False)
 
     def _moved(self, eps: Array, z: Array, tangent: Array) -> Array:
+        if jnp.finfo(z.dtype).bits < 32:
+            raise InputError(
+                f"NodePerturbation adds noise of size sigma (={self.sigma}) to activations, which "
+                f"{z.dtype.name} would round to another size or to nothing: compute them in "
+                "float32, or use ActivityPerturbation"
+            )
         return jax.lax.stop_gradient(z + eps.astype(tangent.dtype) * tangent)
 
     def _cut(self, eps: Array, z: Array) -> Array:
