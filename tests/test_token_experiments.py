@@ -9,7 +9,7 @@ import pytest
 
 import forwardgrad as fg
 from forwardgrad.cli import main
-from forwardgrad.experiments._search import RATES, climb
+from forwardgrad.experiments._search import RATES, chosen, climb
 from forwardgrad.experiments._token_cosines import _levels, _measured
 from forwardgrad.experiments._tokens import method_of
 from forwardgrad.training import configure, problem
@@ -90,7 +90,7 @@ def test_tokens(tmp_path, capsys):
     }
     bp, ours = cells["bp"], cells["lg-fg-a+exact@2"]
     for cell in (bp, ours):
-        assert cell["learning_rate"] == cell["rates"][int(np.argmin(cell["rate_losses"]))]
+        assert cell["learning_rate"] == chosen(dict(zip(cell["rates"], cell["rate_losses"], strict=True)))
         assert cell["steps"] == [2, 4]
         assert len(cell["losses"]) == 2
         assert cell["tokens"] == 8 * 8
