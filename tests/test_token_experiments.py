@@ -4,7 +4,6 @@ import json
 import math
 
 import jax
-import numpy as np
 import pytest
 
 import forwardgrad as fg
@@ -90,7 +89,8 @@ def test_tokens(tmp_path, capsys):
     }
     bp, ours = cells["bp"], cells["lg-fg-a+exact@2"]
     for cell in (bp, ours):
-        assert cell["learning_rate"] == chosen(dict(zip(cell["rates"], cell["rate_losses"], strict=True)))
+        tried = dict(zip(cell["rates"], cell["rate_losses"], strict=True))
+        assert cell["learning_rate"] == chosen(tried)
         assert cell["steps"] == [2, 4]
         assert len(cell["losses"]) == 2
         assert cell["tokens"] == 8 * 8
