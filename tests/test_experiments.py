@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -372,10 +373,16 @@ def test_table3_rows_are_means_beside_the_papers_numbers():
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-@pytest.mark.parametrize("name", ["table3", "table3-cifar10", "table4", "compare", "ablation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("table3", "table3-cifar10", "table3-small", "table4", "compare", "ablation"),
+        *("tokens", "tokens-cosine"),
+    ],
+)
 def test_stored_results_are_presented_as_they_were(name, tmp_path):
     """Cells, their means, and the files that were made of them, by the version that made them."""
-    experiment = {**EXPERIMENTS, "compare": COMPARE}[name.removesuffix("-cifar10")]
+    experiment = {**EXPERIMENTS, "compare": COMPARE}[re.sub("-(cifar10|small)$", "", name)]
     path = RESULTS / name / f"{experiment.name}.json"
     grid = read(path, Grid[experiment.cells.kind, experiment.options])
     stored = json.loads(path.read_text())

@@ -57,6 +57,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 FIRST_RATE = {"sgd": 1e-1, "adamw": 3e-3}
 """Where the search begins, by the optimiser."""
 
+COLORS = ("black", "deeppink", "gray", "teal", "saddlebrown", "purple", "olive")
+"""In figures, of what is added to algorithms."""
+
 CHUNK = 16
 """Evaluations of node perturbation at a time, for their memory."""
 
@@ -239,17 +242,20 @@ def _beside(cell: TokenCell, cells: Sequence[TokenCell]) -> float | None:
 def _figure(cells: Sequence[TokenCell]) -> Figure:
     """Test losses against tokens, operations and time, a row of pictures a network.
 
-    With more tangents, a line is thicker.
+    With more tangents, a line is thicker. Options have colours of their own.
     """
     networks = grouped(cells, lambda cell: cell.network)
+    added = [cell.method.partition("@")[0].partition("+")[2] for cell in cells]
+    options = dict.fromkeys(filter(None, added))
+    colors = dict(zip(options, itertools.cycle(COLORS), strict=False))
     figure, every = panels(len(networks), 3, size=(15, 4.2 * len(networks)), sharey="row")
     for axes, (network, of_network) in zip(every, networks.items(), strict=True):
         for method, own in grouped(of_network, lambda cell: cell.method).items():
             color, line, marker = look(method_of(method).algorithm)
+            color = colors.get(method.partition("@")[0].partition("+")[2], color)
             losses = np.mean([cell.losses for cell in own], axis=0)
             steps = np.array(own[0].steps)
             style = {"color": color, "linestyle": line, "marker": marker, "ms": 3, "label": method}
-            style["alpha"] = 0.5 if "+" in method else 1.0
             style["linewidth"] = 0.8 + 0.3 * math.log2(own[0].tangents or TANGENTS) / 2
             times = np.mean([cell.times for cell in own], axis=0)
             for panel, x in zip(
