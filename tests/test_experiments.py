@@ -248,8 +248,8 @@ def test_a_table_whose_learning_rates_are_searched(tmp_path):
     )
     COMPARE.run(chosen)
     first, second = json.loads((tmp_path / "compare.json").read_text())["cells"]
-    assert first["rates"] == second["rates"] == [1e-12, 3e-2]
-    assert first["rate_losses"] == second["rate_losses"]
+    assert first["rates"] == [1e-12, 3e-2]
+    assert "rates" not in second
     assert first["rate_losses"][0] > first["rate_losses"][1]
     assert first["learning_rate"] == second["learning_rate"] == 3e-2
     searched = [path for path in (tmp_path / "runs").iterdir() if "5" in path.name.split("-")]
@@ -261,10 +261,34 @@ def test_a_table_whose_learning_rates_are_searched(tmp_path):
     )
     cells = [path for path in (tmp_path / "runs").iterdir() if path not in searched]
     assert [read(path / "summary.json", Summary).validation_loss for path in cells] == [None] * 2
+    with pytest.raises(InputError, match=r"rates must have 0\.03, the learning rate of the other"):
+        COMPARE.run(dataclasses.replace(chosen, rates=(1e-3,), seeds=3))
     with pytest.raises(InputError, match="results for search_iterations 5, not 0"):
         COMPARE.run(COMPARE.options(**settings))
     with pytest.raises(InputError, match="results for precision float32, not bfloat16"):
         COMPARE.run(dataclasses.replace(chosen, precision="bfloat16"))
+
+
+@pytest.mark.slow
+def test_rates_that_diverge_are_left_out(tmp_path):
+    """Also one whose last loss is finite, and whose parameters are not."""
+    settings = {"network": "logreg", "epochs": 1, "out": tmp_path, "seeds": 1}
+    chosen = COMPARE.options(
+        **settings, algorithms=("bp",), search_iterations=1, rates=(1e12, 1e-2)
+    )
+    chosen = dataclasses.replace(chosen, search_iterations=3)
+    COMPARE.run(chosen)
+    COMPARE.run(chosen)
+    (cell,) = json.loads((tmp_path / "compare.json").read_text())["cells"]
+    assert cell["learning_rate"] == 1e-2
+    assert all(np.isfinite(cell["rate_losses"]))
+
+
+def test_a_readout_is_no_judge_of_learning_rates(tmp_path):
+    chosen = options("table4", out=tmp_path / "out", search_iterations=3)
+    with pytest.raises(InputError, match="search_iterations must be 0 in contrastive learning"):
+        EXPERIMENTS["table4"].run(chosen)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What networks compute with."""
 
 import itertools
+import operator
 
 import jax
 import jax.extend
@@ -94,9 +95,23 @@ def test_a_run_in_half_learns_and_keeps_its_precision(tmp_path):
         fit(configure(**given, resume=True))
 
 
-@pytest.mark.parametrize("algorithm", ["np", "lg-np"])
-def test_steps_that_would_be_rounded_away_are_refused(algorithm):
+def test_steps_that_would_be_rounded_away_are_refused():
     """Around 1, the numbers of bfloat16 are 0.0078 apart: steps of 0.01 would be of that size."""
-    _, step = in_half("gpt/2/32", "text", "supervised", algorithm)
+    _, step = in_half("gpt/2/32", "text", "supervised", "fg-a")
     with pytest.raises(fg.InputError, match=r"size sigma \(=0.01\).* bfloat16 would round"):
-        gradients(step, 1)
+        gradients(step._replace(estimator=fg.NodePerturbation()), 1)
+    with pytest.raises(fg.InputError, match="precision must be float32 for algorithm 'lg-np'"):
+        configure(network="m/1/4", algorithm="lg-np", precision="tf32")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_rows_do_not_stop_growing(tied):
+    """A row's gradient is a sum over its tokens, hundreds of them."""
+    steps = in_half("gpt/1/16", "text", "supervised", "bp", tied=tied, batch_size=256)
+    exact, half = (
+        jax.jit(jax.grad(lambda params, s=s: s.loss(params, *s.batch)[0].total()))(s.params)
+        for s in steps
+    )
+    name = "classifier.weight" if tied else "embedding"
+    expected, found = (operator.attrgetter(name)(g) for g in (exact, half))
+    assert jnp.linalg.norm(found - expected) < 0.05 * jnp.linalg.norm(expected)

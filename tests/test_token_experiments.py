@@ -31,6 +31,19 @@ def test_the_search_stops_where_the_loss_rises(best, first, tried):
     assert found == tried
 
 
+@pytest.mark.parametrize("diverge", [1, 2, 3])
+def test_the_search_goes_down_to_what_does_not_diverge(diverge):
+    first, tried = RATES.index(3e-3), []
+
+    def loss(rate):
+        tried.append(RATES.index(rate))
+        return math.inf if RATES.index(rate) > first - diverge else 1.0
+
+    climb(loss, first)
+    assert min(tried) <= first - diverge
+    assert max(tried) == first
+
+
 def test_the_search_goes_down_from_what_diverges():
     found = []
 
@@ -65,6 +78,8 @@ def test_names_that_are_none(name, message):
             ["tokens", "--search-iterations", "0", "--rates", "0.1", "0.2"],
             "rates must be a single one where search_iterations is 0, got (0.1, 0.2)",
         ),
+        (["tokens", "--rates", "0", "0.1"], "rates must be above 0 and at most 1e+12, got (0.0,"),
+        (["tokens", "--precision", "bfloat16", "--methods", "np"], "precision must be float32 for"),
         (["tokens", "--search-iterations", "-1"], "search_iterations must be at least 0, got -1"),
         (["tokens", "--networks", "mlp"], "network 'mlp' must be called gpt/LAYERS/WIDTH"),
         (["tokens-cosine", "--network", "cnn"], "network 'cnn' must be called gpt/LAYERS/WIDTH"),

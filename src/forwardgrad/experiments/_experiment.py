@@ -45,11 +45,15 @@ class RunOptions(Options):
 
 
 class Job(NamedTuple):
-    """A cell to be made: the fields that tell its place, its seed, and the settings of its run."""
+    """A cell to be made: the fields that tell its place, its seed, and the settings of its run.
+
+    `rate` is the learning rate of other seeds that are stored.
+    """
 
     place: Mapping[str, Any]
     seed: int = 0
     config: TrainConfig | None = None
+    rate: float | None = None
 
 
 class Presented(NamedTuple):
@@ -182,7 +186,9 @@ class Experiment:
         for job in jobs:
             place = kind.at(job.place)
             if (place, job.seed) not in made:
-                fields = self.cells.make(job, options, console)
+                others = (c for c in made.values() if c.place == place)
+                rate = next((getattr(c, "learning_rate", None) for c in others), None)
+                fields = self.cells.make(job._replace(rate=rate), options, console)
                 made[place, job.seed] = kind(seed=job.seed, **{**fields, **job.place})
                 where = ", ".join(filter(None, (place.column, *place.row, f"seed {job.seed}")))
                 error = f": {fields['test_error']:.2f} %" if "test_error" in fields else ""

@@ -18,6 +18,9 @@ from forwardgrad.training import TrainConfig
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Learning rates of the search."""
 
+MOST_RATE = 1e12
+"""The largest learning rate that can be tried."""
+
 NEARLY = 1.01
 """How many times the lowest loss one may be that is no worse."""
 
@@ -32,35 +35,49 @@ class SearchOptions(RunOptions):
     """Learning rates that are tried. Default: as many of 1e-4, 3e-4, 1e-3, ... as it takes."""
 
 
+def check_search(options: SearchOptions) -> None:
+    """Raise an `InputError` for options that no search can have."""
+    if options.search_iterations < 0:
+        raise InputError(f"search_iterations must be at least 0, got {options.search_iterations}")
+    if not all(0 < rate <= MOST_RATE for rate in options.rates):
+        raise InputError(f"rates must be above 0 and at most {MOST_RATE:g}, got {options.rates}")
+    if len(options.rates) > 1 and not options.search_iterations:
+        raise InputError(
+            f"rates must be a single one where search_iterations is 0, got {options.rates}"
+        )
+
+
 def search(
     job: Job, config: Callable[..., TrainConfig], first: float, options: Any, console: Console
 ) -> tuple[float, dict[str, Any]]:
     """The learning rate with the best validation loss, after shorter runs with the first seed.
 
     `config` makes settings of options; `first` is where the search begins. If `rates` is a single
-    one, that is it. Without a search it is the job's own.
+    one, that is it. Without a search it is the job's own. A cell of which another seed is stored
+    has that one's.
 
     **Returns:**
 
-    The rate, and what was tried as fields of a cell.
+    The rate, and what was tried as fields of a cell, without the rates that diverged.
 
     **Raises:**
 
-    `DivergedError` if all of them diverged; `InputError` if there are rates to be tried and no
-    steps, or fewer.
+    `DivergedError` if all of them diverged; `InputError` if another seed has a rate that is not
+    wanted.
     """
-    if options.search_iterations < 0:
-        raise InputError(f"search_iterations must be at least 0, got {options.search_iterations}")
+    name = ", ".join(map(str, job.place.values()))
+    if job.rate is not None:
+        if options.rates and job.rate not in options.rates:
+            raise InputError(
+                f"rates must have {job.rate}, the learning rate of the other seeds of {name}, got "
+                f"{options.rates}: pass another --out"
+            )
+        return job.rate, {}
     if len(options.rates) == 1:
         return options.rates[0], {}
     if not options.search_iterations:
-        if options.rates:
-            raise InputError(
-                f"rates must be a single one where search_iterations is 0, got {options.rates}"
-            )
         assert job.config is not None
         return job.config.optimisation.learning_rate, {}
-    name = ", ".join(map(str, job.place.values()))
     found: dict[float, float] = {}
 
     def loss(rate: float) -> float:
@@ -70,8 +87,9 @@ def search(
         try:
             value = trained(Job(place, 0, short), options, None).result.validation_loss
         except DivergedError:
-            value = math.inf
-        assert value is not None
+            value = None
+        # The parameters after a last finite loss need not be finite.
+        value = value if value is not None and math.isfinite(value) else math.inf
         if not job.seed:
             console.print(f"{name}, learning rate {rate}: {value:.3f}", highlight=False)
         return found.setdefault(rate, value)
@@ -83,8 +101,9 @@ def search(
         climb(loss, RATES.index(first))
     if min(found.values()) == math.inf:
         raise DivergedError(f"{name} diverged with learning rates {[*found]}")
-    rates, losses = zip(*sorted(found.items()), strict=True)
-    return chosen(found), {"rates": rates, "rate_losses": losses}
+    finite = {rate: loss for rate, loss in sorted(found.items()) if loss < math.inf}
+    tried = {"rates": tuple(finite), "rate_losses": tuple(finite.values())}
+    return chosen(finite), tried
 
 
 def chosen(found: Mapping[float, float]) -> float:
@@ -98,11 +117,15 @@ def chosen(found: Mapping[float, float]) -> float:
 
 
 def climb(loss: Callable[[float], float], first: int) -> None:
-    """Go up the learning rates from the first one while the loss falls; or else, down."""
+    """Go up the learning rates from the first one while the loss falls; or else, down.
+
+    From one that diverges, infinite, down until one does not.
+    """
     lowest = start = loss(RATES[first])
-    for rates in (RATES[first + 1 :], RATES[:first][::-1]):
+    above = RATES[first + 1 :] if start < math.inf else ()
+    for rates in (above, RATES[:first][::-1]):
         for rate in rates:
-            if not (there := loss(rate)) < lowest:
+            if (there := loss(rate)) >= lowest and lowest < math.inf:
                 break
             lowest = there
         if lowest < start:

@@ -27,7 +27,7 @@ from forwardgrad.experiments._experiment import (
     run_folder,
     run_job,
 )
-from forwardgrad.experiments._search import SearchOptions, search
+from forwardgrad.experiments._search import SearchOptions, check_search, search
 from forwardgrad.results import Place, Table, TableCell, look, over_seeds
 from forwardgrad.results._figures import panels
 from forwardgrad.training import ALGORITHMS as KNOWN
@@ -153,6 +153,12 @@ def _plan(columns: Columns, task: str, options: Any) -> Iterator[Job]:
     """Seed by seed: the table is complete early, and gets more exact."""
     rows = KNOWN if task == "supervised" else (UNTRAINED, *KNOWN)
     check_names("algorithm", options.algorithms, rows)
+    check_search(options)
+    if task == "contrastive" and options.search_iterations:
+        raise InputError(
+            "search_iterations must be 0 in contrastive learning, where how well the readout "
+            f"predicts says little of the features, got {options.search_iterations}"
+        )
     # Untrained features are read from the folder of another run.
     algorithms = sorted(options.algorithms, key=lambda name: name == UNTRAINED)
     chosen = _chosen(columns, options)

@@ -32,7 +32,7 @@ from forwardgrad.experiments._experiment import (
     run_config,
     trained,
 )
-from forwardgrad.experiments._search import SearchOptions, search
+from forwardgrad.experiments._search import SearchOptions, check_search, search
 from forwardgrad.results import TokenCell, look, markdown, over_seeds
 from forwardgrad.results._figures import panels
 from forwardgrad.results._tables import grouped
@@ -150,6 +150,7 @@ def check_decoder(network: str) -> None:
 
 def _plan(options: TokensOptions) -> Iterator[Job]:
     """Seed by seed, so that the table is complete early."""
+    check_search(options)
     for network in options.networks:
         check_decoder(network)
     parts = (range(options.seeds), options.networks, options.methods)

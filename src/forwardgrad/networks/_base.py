@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from forwardgrad.networks._layers import Linear
+from forwardgrad.networks._normalise import widened
 
 Images: TypeAlias = Float[Array, "batch height width channels"]
 
@@ -38,8 +39,8 @@ READOUT_LENGTH = 4.0
 
 
 def _of_one_length(x: Float[Array, "batch units"]) -> Float[Array, "batch units"]:
-    square = jnp.sum(x**2, axis=1, keepdims=True)
-    return x * (READOUT_LENGTH * jax.lax.rsqrt(square + 1e-6))
+    square = jnp.sum(widened(x) ** 2, axis=1, keepdims=True)
+    return x * (READOUT_LENGTH * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
 
 
 class AbstractNetwork(eqx.Module):

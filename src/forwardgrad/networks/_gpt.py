@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from forwardgrad._errors import InputError
 from forwardgrad.networks._base import AbstractNetwork, Features, Tokens
 from forwardgrad.networks._layers import LAST_GAIN, Linear, make_heads, units_first
-from forwardgrad.networks._normalise import normalise
+from forwardgrad.networks._normalise import normalise, widened
 
 Stream = Float[Array, "batch tokens units"]
 
@@ -173,14 +173,19 @@ class GPT(AbstractNetwork):
         if self.embedding is None:
             weights = self.classifier.weight
             # Of the size of other embeddings.
-            x = math.sqrt(len(weights) / LAST_GAIN) * weights.T[examples]
+            x = math.sqrt(len(weights) / LAST_GAIN) * _rows(weights.T, examples)
         else:
-            x = self.embedding[examples]
+            x = _rows(self.embedding, examples)
         return x if self.places is None else x + self.places[: examples.shape[1]]
 
     def features(self, x: Stream) -> Features:
         """The normalised stream."""
         return units_first(normalise(x, 2))
+
+
+def _rows(table: Float[Array, "vocabulary units"], rows: Tokens) -> Stream:
+    """Rows of a table, whose gradient is added up in float32 at least."""
+    return widened(table)[rows].astype(table.dtype)
 
 
 def _embeddings(key: Key[Array, ""], count: int, width: int) -> Float[Array, "count units"]:
@@ -217,7 +222,7 @@ def continuation(
     """
 
     def draw(window, key):
-        token = jax.random.categorical(key, network(window[None])[0, -1])
+        token = jax.random.categorical(key, widened(network(window[None])[0, -1]))
         return jnp.append(window[1:], token), token
 
     return jax.lax.scan(draw, prompt, jax.random.split(key, count))[1]

@@ -16,6 +16,7 @@ from forwardgrad.estimators import (
     AbstractEstimator,
     BalancedTangents,
     ControlVariate,
+    NodePerturbation,
     WeightPerturbation,
 )
 from forwardgrad.estimators._perturbed_activities import AbstractPerturbedActivities
@@ -287,6 +288,11 @@ class TrainConfig(Settings):
             raise InputError(
                 f"control_variate must be False for algorithm {self.algorithm!r}, which perturbs "
                 "weights"
+            )
+        if self.precision != "float32" and isinstance(self.estimator, NodePerturbation):
+            raise InputError(
+                f"precision must be float32 for algorithm {self.algorithm!r}, whose noise "
+                f"{self.precision} would round, got {self.precision!r}"
             )
         self._check_batch()
         self._check_data()

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -37,6 +36,7 @@ def rounding(precision: Precision) -> Callable[[PyTree], PyTree]:
         return lambda tree: tree
 
     def rounded(leaf):
-        return leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf
+        real = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jnp.asarray(leaf, jnp.bfloat16) if real else leaf
 
     return lambda tree: jax.tree.map(rounded, tree)

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 from sklearn.exceptions import ConvergenceWarning
@@ -106,8 +107,9 @@ def _features(
 
     @jax.jit
     def features(params: PyTree, images: Array) -> Array:
-        network = setup.network(params)
-        return network.pooled(network.blocks_output(setup.inputs.plain(images)))
+        with setup.products():
+            network, x = setup.computing(params, setup.inputs.plain(images))
+            return network.pooled(network.blocks_output(x)).astype(jnp.float32)
 
     parts = [
         (np.asarray(features(params, images))[: len(images) - padding], labels[labels >= 0])

@@ -35,7 +35,7 @@ from forwardgrad.training._config import (
     TrainConfig,
 )
 from forwardgrad.training._devices import ONE, Devices
-from forwardgrad.training._precision import rounding
+from forwardgrad.training._precision import products_of, rounding
 from forwardgrad.training._state import (
     Loss,
     TrainState,
@@ -125,6 +125,8 @@ class Setup:
         self.devices = devices
         _check_divides(config, devices)
         self._rounded = rounding(config.precision)
+        self.products = functools.partial(products_of, config.precision)
+        self.products()  # refuses what this machine does not have
         seed = jax.random.key(config.seed)
         weights_key, order_key, step_key = jax.random.split(seed, 3)
         self.data = load_data(config)
@@ -180,15 +182,21 @@ class Setup:
         """The network with these parameters."""
         return eqx.combine(params, self._static)
 
+    def computing(self, params: PyTree, x: Array) -> tuple[AbstractNetwork, Array]:
+        """The network and what it is called on, as exact as they are computed with."""
+        params, x = self._rounded((params, x))
+        return self.network(params), x
+
     def loss(self, params: PyTree, x: Array, labels: Array) -> tuple[Losses, dict[str, Array]]:
         """What is learned, of examples as a network gets them."""
-        params, x = self._rounded((params, x))
-        return self.objective(self.network(params), x, labels)
+        with self.products():
+            return self.objective(*self.computing(params, x), labels)
 
     def predict(self, params: PyTree, examples: Array) -> Array:
         """The logits of examples as they are stored."""
-        params, x = self._rounded((params, self.inputs.plain(examples)))
-        return self.network(params)(x).astype(jnp.float32)
+        with self.products():
+            network, x = self.computing(params, self.inputs.plain(examples))
+            return network(x).astype(jnp.float32)
 
     def sample(self, params: PyTree) -> str:
         """The beginning of the test text, and how a network of texts goes on from there."""
@@ -198,7 +206,7 @@ class Setup:
         params = jax.tree.map(np.asarray, params)
         drawn = jax.jit(
             lambda params, prompt: continuation(
-                self.network(params), prompt, SAMPLE_TOKENS, self._sample_key
+                *self.computing(params, prompt), SAMPLE_TOKENS, self._sample_key
             )
         )(params, prompt)
         return self.data.vocabulary.decode(np.append(prompt, drawn))
@@ -348,7 +356,7 @@ def digest(data: Dataset | Text) -> str:
         return data.digest
     found = hashlib.blake2b(digest_size=8)
     found.update(repr((data.image_shape, data.classes, data.mean.tolist())).encode())
-    for split in (data.train, data.test):
+    for split in filter(None, (data.train, data.test, data.validation)):
         found.update(str(len(split)).encode())
         if isinstance(split, ResidentSplit):
             images, labels = split.images, split.labels
