@@ -33,7 +33,7 @@ METHODS = {
 """Methods of `reproduce tokens`, by what they are called here."""
 
 DUE = (TANGENTS + 2) / 3
-"""Forward passes with their tangents, over those of backpropagation, which are three."""
+"""Passes: one forward, each tangent's, and that of the layers' last products; over BP's three."""
 
 
 def compare(configs: dict[str, TrainConfig], repeats: int) -> dict[str, dict[str, float]]:
