@@ -288,7 +288,8 @@ def test_commands_fill_just_the_cells_that_are_missing():
     (cifar,) = gaps(second, (first, second))
     assert cifar.command == (
         f"forwardgrad reproduce table3 --columns cifar10 --algorithms {' '.join(ALGORITHMS[1:])} "
-        "--seeds 1 --epochs 2 --batch-size 8 --augment none --warmup 0 --out cifar"
+        "--seeds 1 --precision float32 --search-iterations 0 --epochs 2 --batch-size 8 "
+        "--augment none --warmup 0 --out cifar"
     )
 
 

@@ -88,7 +88,7 @@ def _command(table: StoredTable, options: Any, missing: Sequence[tuple[Place, in
     if table.cells.kind is TableCell:
         chosen["algorithms"] = in_order([place.row[0] for place, _ in missing])
     chosen["seeds"] = 1 + max(seed for _, seed in missing)
-    rest = {k: v for k, v in as_options(options).items() if k not in chosen and v is not None}
+    rest = {k: v for k, v in as_options(options).items() if k not in chosen and v not in (None, [])}
     name = table.grid.experiment
     words = [name] if name == "compare" else ["reproduce", name]
     return command(words, {**chosen, **rest, "out": table.path.parent})

@@ -1,6 +1,6 @@
 """What a step with 16 tangents costs on decoders of text.
 
-    python benchmarks/decoder.py --out results/benchmarks/decoder.json
+    python benchmarks/text_steps.py --out results/benchmarks/decoder.json
 
 As `benchmarks/step.py`: loss, gradient and SGD update in one compiled program, medians of
 interleaved runs, with windows of 64 characters, 8 of them a step. The decoders differ in their
@@ -14,10 +14,10 @@ from typing import Any
 import tyro
 from rich.table import Table
 
-import measure
 from forwardgrad.experiments import Step
 from forwardgrad.experiments._tokens import TANGENTS, TokensOptions, config_of, operations
 from forwardgrad.training import TrainConfig, problem
+from measure import Options, compare_steps, run
 
 NETWORKS = ("gpt/2/128", "gpt/4/128", "gpt/8/128", "gpt/16/128")
 METHODS = {
@@ -43,7 +43,7 @@ def compare(configs: dict[str, TrainConfig], repeats: int) -> dict[str, dict[str
         name: Step(lambda *given, p=p: p.loss(*given)[0], p.params, p.estimator, p.batch)
         for name, p in problems.items()
     }
-    found = measure.compare_steps(steps, repeats)
+    found = compare_steps(steps, repeats)
     for name, row in found.items():
         row["flops"] = operations(configs[name])
         del row["share_of_rate"]
@@ -79,5 +79,5 @@ def configs_of(network: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     cases = {name: functools.partial(configs_of, name) for name in NETWORKS}
-    options = tyro.cli(measure.Options, description=__doc__)
-    measure.run("decoder", cases, options, compare, table, tangents=TANGENTS)
+    options = tyro.cli(Options, description=__doc__)
+    run("decoder", cases, options, compare, table, tangents=TANGENTS)
