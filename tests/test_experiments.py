@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -410,7 +411,8 @@ def test_stored_results_are_presented_as_they_were(name, tmp_path):
     path = RESULTS / name / f"{experiment.name}.json"
     grid = read(path, Grid[experiment.cells.kind, experiment.options])
     stored = json.loads(path.read_text())
-    assert [without_none(cell) for cell in grid.cells] == stored["cells"]
+    cells = msgspec.to_builtins([without_none(cell) for cell in grid.cells])
+    assert json.loads(json.dumps(cells)) == stored["cells"]
     assert as_options(grid.options).items() >= stored["options"].items()
     presented = experiment.cells.present(grid.cells)
     assert presented.rows == stored["table"]
