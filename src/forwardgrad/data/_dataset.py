@@ -150,8 +150,8 @@ def held_out(data: Dataset, share: float) -> Dataset:
     count = round(share * len(train))
     if not 0 < count < len(train):
         raise InputError(f"hold_out (={share}) of {len(train)} training images is {count} of them")
-    parts = (ResidentSplit(*train.take(np.sort(part))) for part in (rows[count:], rows[:count]))
-    return dataclasses.replace(data, **dict(zip(("train", "validation"), parts, strict=True)))
+    validation, rest = (ResidentSplit(*train.take(np.sort(r))) for r in np.split(rows, [count]))
+    return dataclasses.replace(data, train=rest, validation=validation)
 
 
 def channel_statistics(

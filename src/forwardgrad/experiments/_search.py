@@ -90,8 +90,7 @@ def search(
             value = None
         # The parameters after a last finite loss need not be finite.
         value = value if value is not None and math.isfinite(value) else math.inf
-        if not job.seed:
-            console.print(f"{name}, learning rate {rate}: {value:.3f}", highlight=False)
+        console.print(f"{name}, learning rate {rate}: {value:.3f}", highlight=False)
         return found.setdefault(rate, value)
 
     if options.rates:

@@ -246,14 +246,14 @@ def _figure(cells: Sequence[TokenCell]) -> Figure:
     With more tangents, a line is thicker. Options have colours of their own.
     """
     networks = grouped(cells, lambda cell: cell.network)
-    added = [cell.method.partition("@")[0].partition("+")[2] for cell in cells]
-    options = dict.fromkeys(filter(None, added))
+    added = {cell.method: cell.method.partition("@")[0].partition("+")[2] for cell in cells}
+    options = dict.fromkeys(filter(None, added.values()))
     colors = dict(zip(options, itertools.cycle(COLORS), strict=False))
     figure, every = panels(len(networks), 3, size=(15, 4.2 * len(networks)), sharey="row")
     for axes, (network, of_network) in zip(every, networks.items(), strict=True):
         for method, own in grouped(of_network, lambda cell: cell.method).items():
             color, line, marker = look(method_of(method).algorithm)
-            color = colors.get(method.partition("@")[0].partition("+")[2], color)
+            color = colors.get(added[method], color)
             losses = np.mean([cell.losses for cell in own], axis=0)
             steps = np.array(own[0].steps)
             style = {"color": color, "linestyle": line, "marker": marker, "ms": 3, "label": method}

@@ -10,10 +10,8 @@ from jaxtyping import PyTree
 from forwardgrad._errors import InputError
 from forwardgrad.training._config import Precision
 
-Products = AbstractContextManager[None]
 
-
-def products_of(precision: Precision) -> Products:
+def products_of(precision: Precision) -> AbstractContextManager[None]:
     """Where products of float32 arrays are as exact as that.
 
     By itself, JAX rounds the factors on a GPU.
