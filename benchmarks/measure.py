@@ -75,24 +75,26 @@ def compare_steps(steps: Steps, repeats: int) -> dict[str, dict[str, float]]:
             "median": median(times),
             "minimum": min(times),
             "maximum": max(times),
-            **(_of_program(step, rate * median(times)) if isinstance(step, Step) else {}),
+            **(_of_program(step, median(times), rate) if isinstance(step, Step) else {}),
         }
         for (method, step), times in zip(steps.items(), seconds.values(), strict=True)
     }
 
 
-def _of_program(step: Step, possible: float) -> dict[str, float]:
+def _of_program(step: Step, seconds: float, rate: float) -> dict[str, float]:
     return {
+        "examples_per_second": step.examples / seconds,
         "temp_bytes": step.temp_bytes,
         "flops": step.flops,
-        "share_of_rate": step.flops / possible,
+        "share_of_rate": step.flops / (rate * seconds),
     }
 
 
 def table_of_steps(name: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
     """The results of one model, relative to backpropagation and to the forward pass."""
     result = Table(title=name)
-    for column in ("", "ms", "/ BP", "/ forward", "temp MiB", "/ BP", "GFLOP", "of the rate"):
+    times, memory = ("ms", "examples/s", "/ BP", "/ forward"), ("temp MiB", "/ BP")
+    for column in ("", *times, *memory, "GFLOP", "of the rate"):
         result.add_column(column, justify="left" if column == "" else "right")
     bp, forward = rows["BP"], rows["forward only"]
     for method, row in rows.items():
@@ -100,6 +102,7 @@ def table_of_steps(name: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
         result.add_row(
             method,
             f"{row['median'] * 1e3:.1f}",
+            f"{row['examples_per_second']:.0f}" if known else "",
             f"{row['median'] / bp['median']:.2f}",
             f"{row['median'] / forward['median']:.2f}",
             f"{row['temp_bytes'] / 2**20:.1f}" if known else "",

@@ -37,6 +37,7 @@ from forwardgrad.experiments._experiment import read_out
 from forwardgrad.networks import SIZES
 from forwardgrad.results import CurveCell, Grid, Summary, TableCell, csv, read, without_none
 from forwardgrad.training import _batches
+from forwardgrad.training._config import options_of
 
 
 def options(name, **settings):
@@ -491,12 +492,34 @@ def test_the_folders_by_default(tmp_path, monkeypatch):
         ({"columns": ("cifar",)}, "column 'cifar' is unknown; did you mean 'cifar10'"),
         ({"algorithms": ("fgw",)}, "algorithm 'fgw' is unknown; did you mean 'fg-w'"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"settings": "paper"}, "settings 'paper' are for images in colour"),
     ],
 )
 def test_table3_refuses(tmp_path, settings, match):
     with pytest.raises(InputError, match=match):
         EXPERIMENTS["table3"].run(options("table3", out=tmp_path, **settings))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_settings():
+    """Those of the published configurations, of which an option that is given replaces one."""
+    chosen = options("table3", settings="paper", columns=("cifar10", "imagenet"), epochs=2)
+    configs = [job.config for job in EXPERIMENTS["table3"].cells.jobs(chosen)]
+    assert {c.network for c in configs} == {"m/8/16", "l/32/64"}
+    for config in configs:
+        images, rates = config.data.augmentation, config.optimisation
+        assert (config.epochs, config.batch_size, rates.warmup) == (2, 256, 1950)
+        assert (images.augment, images.least_area) == ("simclr", 0.3)
+        assert (rates.optimizer, rates.momentum, rates.weight_decay) == ("sgd", 0.9, 1e-4)
+        assert (rates.learning_rate, rates.schedule) == (0.05, "cosine")
+        assert options_of(config).get("tangents", 1) == 1
+    chosen = options("table4", settings="paper", algorithms=("lg-fg-a",))
+    (job,) = EXPERIMENTS["table4"].cells.jobs(chosen)
+    found = {**options_of(job.config)}
+    assert (found["optimizer"], found["learning_rate"], found["scale_learning_rate"]) == (
+        *("lars", 0.1, True),
+    )
+    assert (found["batch_size"], found["epochs"], found["least_area"]) == (2048, 800, 0.08)
 
 
 @pytest.mark.slow

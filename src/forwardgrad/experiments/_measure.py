@@ -64,6 +64,11 @@ class Step:
             self._own = copy, jax.jit(init)(params, *batch)
 
     @property
+    def examples(self) -> int:
+        """How many examples the batch has: the length of its arrays' first axis."""
+        return jax.tree.leaves(self._batch)[0].shape[0]
+
+    @property
     def temp_bytes(self) -> int:
         """XLA's temporary memory of the step, in bytes."""
         analysis = self.compiled.memory_analysis()
