@@ -289,7 +289,7 @@ def test_commands_fill_just_the_cells_that_are_missing():
     assert cifar.command == (
         f"forwardgrad reproduce table3 --columns cifar10 --algorithms {' '.join(ALGORITHMS[1:])} "
         "--seeds 1 --precision float32 --search-iterations 0 --epochs 2 --batch-size 8 "
-        "--augment none --warmup 0 --out cifar"
+        "--settings short --warmup 0 --augment none --out cifar"
     )
 
 
