@@ -193,13 +193,17 @@ def mixer_by_hand(network, images):
             h = np.einsum("pgc,gcd->pgd", h, block.group_weight) + block.group_bias
             h = relu(normal(h)).reshape(n * n, -1)
             x = h if block.token is None else x + h
+        if network.normalise_features:
+            x = normal(x.reshape(n * n, groups, -1)).reshape(n * n, -1)
         logits.append(x.mean(0) @ network.classifier.weight + network.classifier.bias)
     return np.stack(logits)
 
 
+@pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize("size", [(12, 1, 1, 1), (12, 2, 3, 3), (16, 4, 4, 2)])
-def test_local_mixer_is_its_formula(size):
-    network = networks.LocalMixer((8, 8, 3), networks.Size(*size), 4, key=jax.random.key(0))
+def test_local_mixer_is_its_formula(size, normalised):
+    made = {"key": jax.random.key(0), "normalise_features": normalised}
+    network = networks.LocalMixer((8, 8, 3), networks.Size(*size), 4, **made)
     images = jax.random.normal(jax.random.key(1), (5, 8, 8, 3))
     found = eqx.filter_jit(network)(images)
     np.testing.assert_allclose(found, mixer_by_hand(network, images), rtol=1e-3, atol=1e-5)

@@ -16,9 +16,9 @@ from forwardgrad._errors import InputError, unknown_name
 from forwardgrad._files import write_text
 from forwardgrad._provenance import provenance
 from forwardgrad.results import MOST_SEEDS, Grid, Place, Readout
-from forwardgrad.results._records import AbstractCell
+from forwardgrad.results._records import AbstractCell, Cell
 from forwardgrad.training import Run, TrainConfig, fit, fit_readout, readout_file
-from forwardgrad.training._config import Precision, fitting, known, options_of
+from forwardgrad.training._config import NetworkSettings, Precision, fitting, known, options_of
 
 MOST_CELLS = 20_000
 """Of an experiment."""
@@ -84,7 +84,7 @@ def run_folder(options: Any, place: Mapping[str, Any], seed: int) -> Path:
 
 
 _OF_THE_RESULT = ("test_error", "train_error", "train_loss", "parameters", "seconds", "date")
-_SETTINGS = ("learning_rate", "momentum", "tangents", "exact_last")
+_SETTINGS = ("learning_rate", "momentum", "tangents", "exact_last", "normalise_features")
 
 
 def run_job(job: Job, options: Any, console: Console) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class Experiment:
         jobs, console, kind = self.cells.jobs(options), Console(), self.cells.kind
         if not jobs:
             raise InputError(f"the options of {self.name} ask for no cells: one of them is empty")
-        made = {(cell.place, cell.seed): cell for cell in self._stored(options)}
+        made = {(cell.place, cell.seed): cell for cell in self._stored(options, jobs)}
         for job in jobs:
             place = kind.at(job.place)
             if (place, job.seed) not in made:
@@ -197,7 +197,7 @@ class Experiment:
         console.print(self._write(options, list(made.values())), highlight=False, soft_wrap=True)
         return options.out
 
-    def _stored(self, options: Any) -> Sequence[AbstractCell]:
+    def _stored(self, options: Any, jobs: Sequence[Job]) -> Sequence[AbstractCell]:
         """The cells of earlier calls in the same folder, which stay."""
         path = options.out / f"{self.name}.json"
         if not lexists(path):
@@ -215,7 +215,28 @@ class Experiment:
                 self.cells.present(found.cells)
         except (LookupError, ValueError, ArithmeticError) as error:
             raise InputError(f"{path} is damaged: no figure can be made of it: {error}") from error
+        self._check_networks(path, found.cells, jobs)
         return found.cells
+
+    def _check_networks(
+        self, path: Path, cells: Sequence[AbstractCell], jobs: Sequence[Job]
+    ) -> None:
+        """Refuse cells of a column's networks as they were before they normalised features."""
+        stored = {
+            cell.place.column: cell.normalise_features or False
+            for cell in cells
+            if isinstance(cell, Cell) and cell.learning_rate is not None
+        }
+        for job in jobs:
+            if job.config is None or not isinstance(job.config.sizes, NetworkSettings):
+                continue
+            column = self.cells.kind.at(job.place).column
+            now = job.config.sizes.normalise_features
+            if (before := stored.get(column, now)) != now:
+                raise InputError(
+                    f"{path} holds results of {column} for normalise_features {before}, not {now}: "
+                    "pass another --out"
+                )
 
     def _write(self, options: Any, made: Sequence[AbstractCell]) -> str:
         """What there is so far, as JSON, Markdown and CSV, and its figure."""

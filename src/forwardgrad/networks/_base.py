@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from forwardgrad.networks._layers import Linear
-from forwardgrad.networks._normalise import widened
+from forwardgrad.networks._normalise import normalise, widened
 
 Images: TypeAlias = Float[Array, "batch height width channels"]
 
@@ -60,6 +60,7 @@ class AbstractNetwork(eqx.Module):
     classifier: Linear
     groups: int = eqx.field(static=True)
     projection: int | None = eqx.field(static=True)
+    normalise_features: bool = eqx.field(static=True)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -71,8 +72,21 @@ class AbstractNetwork(eqx.Module):
         """The first block's input."""
 
     @abc.abstractmethod
-    def features(self, x: Array) -> Features:
+    def arranged(self, x: Array) -> Features:
         """A block's output (or the first one's input) by units, examples and patches."""
+
+    def features(self, x: Array) -> Features:
+        """What heads and the classifier see of a block's output.
+
+        With `normalise_features` each group of units has mean zero and variance one, at every
+        patch, so that the features of a group depend on no other.
+        """
+        x = self.arranged(x)
+        channels = len(x) // self.groups
+        # One number would always become zero.
+        if not self.normalise_features or channels == 1:
+            return x
+        return normalise(x.reshape(self.groups, channels, *x.shape[1:]), 1).reshape(x.shape)
 
     def pooled(self, x: Array) -> Float[Array, "batch *tokens units"]:
         """The mean of a block's features over patches; of each token its own features."""

@@ -29,6 +29,7 @@ def build(
     depth: int | None = None,
     heads: bool = False,
     projection: int | None = None,
+    normalise_features: bool | None = None,
     positions: Positions = "rotary",
     tied: bool = False,
 ) -> AbstractNetwork:
@@ -49,6 +50,8 @@ def build(
     - `heads`: whether blocks get heads for losses of their own. A LocalMixer always has them.
     - `projection`: the number of the heads' outputs, where they project features for contrastive
         learning. Default: that of the classes.
+    - `normalise_features`: whether heads and classifier see normalised features, which those of a
+        decoder always are. Default: of a LocalMixer yes, of other networks of images no.
     - `positions`, `tied`: of a decoder: see [`forwardgrad.networks.GPT`][].
 
     **Returns:**
@@ -84,8 +87,11 @@ def build(
             f"network {name!r} takes images: expected an image_shape, and no settings of a decoder"
         )
     if size is not None:
-        return LocalMixer(image_shape, size, classes, key=key, projection=projection)
-    with_heads = {"heads": heads, "projection": projection}
+        normalised = normalise_features is not False
+        more = {"projection": projection, "normalise_features": normalised}
+        return LocalMixer(image_shape, size, classes, key=key, **more)
+    normalised = normalise_features is True
+    with_heads = {"heads": heads, "projection": projection, "normalise_features": normalised}
     width = WIDTH if width is None else width
     depth = DEPTH if depth is None else depth
     if name == "cnn":

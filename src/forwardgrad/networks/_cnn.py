@@ -51,6 +51,7 @@ class CNN(AbstractNetwork):
         key: Key[Array, ""],
         heads: bool = False,
         projection: int | None = None,
+        normalise_features: bool = False,
     ):
         height, breadth, channels = image_shape
         if min(height, breadth) < 4:
@@ -71,11 +72,12 @@ class CNN(AbstractNetwork):
         self.heads = make_heads(units, classes, projection, key=key) if heads else None
         self.projection = projection
         self.groups = 1
+        self.normalise_features = normalise_features
 
     def embed(self, examples: Images) -> Images:
         """The images."""
         return examples
 
-    def features(self, x: Float[Array, "batch *patches units"]) -> Features:
+    def arranged(self, x: Float[Array, "batch *patches units"]) -> Features:
         """The channels, with every pixel a patch; or the units, in one."""
         return units_first(x)

@@ -167,6 +167,8 @@ class GPT(AbstractNetwork):
         self.heads = make_heads(units, vocabulary, None, key=key) if heads else None
         self.projection = None
         self.groups = 1
+        # The stream is normalised as a whole where it is arranged.
+        self.normalise_features = False
 
     def embed(self, examples: Tokens) -> Stream:
         """The embeddings of the tokens, with those of their places if these are learned."""
@@ -178,7 +180,7 @@ class GPT(AbstractNetwork):
             x = _rows(self.embedding, examples)
         return x if self.places is None else x + self.places[: examples.shape[1]]
 
-    def features(self, x: Stream) -> Features:
+    def arranged(self, x: Stream) -> Features:
         """The normalised stream."""
         return units_first(normalise(x, 2))
 

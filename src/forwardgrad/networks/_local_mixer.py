@@ -103,8 +103,9 @@ class LocalMixer(AbstractNetwork):
 
     An image is cut into `patches` x `patches` squares. Block 0 maps the pixels of a patch to H
     units, and mixes the units within each of G groups. Later blocks mix the patches first, and add
-    their result to their input. No normalisation has a learned scale. The normalisation after a
-    grouped layer is within groups, so that no group of a block depends on another one.
+    their result to their input. No normalisation has a learned scale. The normalisations after a
+    grouped layer and before a head are within groups, so that no group of a block depends on
+    another one.
 
     **Arguments:**
 
@@ -114,6 +115,7 @@ class LocalMixer(AbstractNetwork):
     - `key`: a random key.
     - `projection`: the number of the heads' outputs, where they project features. Default: that
         of the classes.
+    - `normalise_features`: whether heads and classifier see each group's units normalised.
 
     **Raises:**
 
@@ -139,6 +141,7 @@ class LocalMixer(AbstractNetwork):
         *,
         key: Key[Array, ""],
         projection: int | None = None,
+        normalise_features: bool = True,
     ):
         height, width, channels = image_shape
         if height % size.patches or width % size.patches:
@@ -161,6 +164,7 @@ class LocalMixer(AbstractNetwork):
         self.classifier = Linear(size.units, classes, key=classifier_key, gain=LAST_GAIN)
         self.projection = projection
         self.groups = size.groups
+        self.normalise_features = normalise_features
         self.patches = size.patches
 
     def embed(self, examples: Images) -> Features:
@@ -170,7 +174,7 @@ class LocalMixer(AbstractNetwork):
         x = examples.reshape(batch, n, height // n, n, width // n, channels)
         return x.transpose(2, 4, 5, 0, 1, 3).reshape(-1, batch, n * n)
 
-    def features(self, x: Features) -> Features:
+    def arranged(self, x: Features) -> Features:
         """The activations as they are."""
         return x
 

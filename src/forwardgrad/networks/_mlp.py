@@ -36,6 +36,7 @@ class MLP(AbstractNetwork):
         key: Key[Array, ""],
         heads: bool = False,
         projection: int | None = None,
+        normalise_features: bool = False,
     ):
         *keys, last_key = jax.random.split(key, depth + 1)
         sizes = [inputs, *[width] * depth]
@@ -44,11 +45,12 @@ class MLP(AbstractNetwork):
         self.heads = make_heads(sizes[1:], outputs, projection, key=key) if heads else None
         self.projection = projection
         self.groups = 1
+        self.normalise_features = normalise_features
 
     def embed(self, examples: Images) -> Array:
         """All pixels of an image."""
         return examples.reshape(examples.shape[0], -1)
 
-    def features(self, x: Float[Array, "batch units"]) -> Features:
+    def arranged(self, x: Float[Array, "batch units"]) -> Features:
         """The units, in one patch."""
         return units_first(x)

@@ -167,6 +167,7 @@ class Cell(AbstractCell):
     momentum: Number | None = None
     tangents: Count | None = None
     exact_last: bool | None = None
+    normalise_features: bool | None = None
     rates: tuple[NotNegative, ...] | None = None
     rate_losses: tuple[float, ...] | None = None
 

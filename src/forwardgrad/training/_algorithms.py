@@ -44,6 +44,9 @@ class Estimation(NamedTuple):
     for_contrastive: Mapping[str, Any] = {}
 
 
+FOR_MIXERS: dict[str, Any] = {"normalise_features": True}
+"""Settings that all algorithms have on a LocalMixer."""
+
 FOR_TEXTS: dict[str, Any] = {
     "optimizer": "adam",
     "learning_rate": 3e-3,
@@ -127,7 +130,7 @@ def defaults(algorithm: str, network: str, task: str) -> dict[str, Any]:
     if size_of(network) is None:
         return dict(row.defaults)
     contrastive = row.for_contrastive if task == "contrastive" else {}
-    return {**row.defaults, **row.for_mixers, **contrastive}
+    return {**row.defaults, **FOR_MIXERS, **row.for_mixers, **contrastive}
 
 
 def split(algorithm: str) -> tuple[str, str]:

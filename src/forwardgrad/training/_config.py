@@ -138,6 +138,9 @@ class NetworkSettings(Settings):
     """Number of hidden layers (mlp). Default: 2."""
     projection: Count = 128
     """Outputs of the heads in contrastive learning."""
+    normalise_features: bool = False
+    """Normalise what the heads and the classifier see, within groups of units; on by default for a
+    LocalMixer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ def load_config(folder: Path) -> TrainConfig:
         raise InputError(f"folder {folder} holds no run: {path} is missing")
     stored = read(path, dict[str, Any])
     try:
-        return fitting(**{"exact_last": False, **stored})
+        return fitting(**{"exact_last": False, "normalise_features": False, **stored})
     except InputError as error:
         raise InputError(f"{path} is damaged or of another version: {error}") from error
 

@@ -279,6 +279,7 @@ def build_network(config: TrainConfig, data: Dataset | Text, key: Array) -> Abst
         classes=len(data.classes),
         width=sizes.width,
         depth=sizes.depth,
+        normalise_features=sizes.normalise_features,
         projection=None if objective.task.uses_labels else sizes.projection,
     )
 
