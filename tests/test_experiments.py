@@ -241,6 +241,15 @@ def test_compare(tmp_path):
     with pytest.raises(InputError, match="holds results for epochs 1, not 2: pass another --out"):
         COMPARE.run(COMPARE.options(**{**settings, "epochs": 2}))
 
+    # Of networks as they once were: not to be mixed with those of today, nor lost.
+    assert all(cell.pop("normalise_features") for cell in stored["cells"])
+    (tmp_path / "compare.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="digits s/1/1 for normalise_features False, not True"):
+        COMPARE.run(COMPARE.options(**settings, algorithms=("dfa",)))
+    assert json.loads((tmp_path / "compare.json").read_text()) == stored
+    COMPARE.run(COMPARE.options(**{**settings, "network": "logreg"}, algorithms=("bp",), seeds=1))
+    assert len(json.loads((tmp_path / "compare.json").read_text())["cells"]) == 6
+
 
 @pytest.mark.slow
 def test_a_table_whose_learning_rates_are_searched(tmp_path):

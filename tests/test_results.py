@@ -82,6 +82,18 @@ def test_settings_are_read_back(tmp_path):
     assert load_config(tmp_path) == config
 
 
+@pytest.mark.parametrize("network", ["m/1/16", "mlp", "gpt/1/16"])
+def test_mixers_did_not_normalise_features_at_first(tmp_path, network):
+    """A run's folder from then is of the network that it was."""
+    config = configure(network=network)
+    options = options_of(config)
+    normalised = options.pop("normalise_features", None)
+    assert normalised == {"m/1/16": True, "mlp": False}.get(network)
+    write(tmp_path / "config.json", options)
+    found = options_of(load_config(tmp_path))
+    assert found == options | ({} if normalised is None else {"normalise_features": False})
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
