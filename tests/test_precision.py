@@ -74,11 +74,26 @@ def test_gradients_are_nearly_those_of_float32(case, algorithm):
     steps = in_half(*case, algorithm)
     exact, near = (gradients(s._replace(estimator=fg.Backpropagation()), 1)[0] for s in steps)
     rounding = jnp.linalg.norm(near - exact)
-    assert rounding < 0.05 * jnp.linalg.norm(exact)
+    # The classifier's gradient is less of it in contrastive learning, and the blocks' less exact.
+    share = 0.05 if case[2] == "supervised" else 0.15
+    assert rounding < share * jnp.linalg.norm(exact)
     if algorithm != "bp":
         change = jnp.subtract(*[gradients(step, KEYS) for step in steps])
         noise = jnp.linalg.norm(change) / KEYS
         assert jnp.linalg.norm(jnp.mean(change, axis=0)) < 1.5 * (rounding + noise)
+
+
+def test_nearly_blank_patches_are_normalised_before_they_are_rounded():
+    """Their pixels differ by less than rounding; rounded first, nothing of a gradient is left."""
+    steps = in_half("s/2/4", "digits", "contrastive", "bp")
+    exact, near = (
+        jax.grad(lambda p, s=s: s.loss(p, *s.batch)[0].total())(s.params).blocks for s in steps
+    )
+    sizes = [
+        sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)) ** 0.5
+        for tree in (exact, jax.tree.map(jnp.subtract, near, exact))
+    ]
+    assert sizes[1] < 0.3 * sizes[0]
 
 
 def test_tf32_is_of_gpus():

@@ -75,8 +75,8 @@ class CNN(AbstractNetwork):
         self.normalise_features = normalise_features
 
     def embed(self, examples: Images) -> Images:
-        """The images."""
-        return examples
+        """The images, as exact as the weights."""
+        return examples.astype(self.classifier.weight.dtype)
 
     def arranged(self, x: Float[Array, "batch *patches units"]) -> Features:
         """The channels, with every pixel a patch; or the units, in one."""

@@ -86,6 +86,8 @@ class Block(eqx.Module):
         group, patch = copy_axes(self.number)
         # One number would always become zero.
         h = normalise(x, 0) if len(x) > 1 else x
+        # Only now: the pixels of a nearly blank patch differ by less than rounding.
+        h = h.astype(self.channel_weight.dtype)
         if self.token is not None:
             h = normalise(self.token(h), 0)
             h = relu(activation(h, "unit", "example", patch))

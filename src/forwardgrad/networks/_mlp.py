@@ -48,8 +48,8 @@ class MLP(AbstractNetwork):
         self.normalise_features = normalise_features
 
     def embed(self, examples: Images) -> Array:
-        """All pixels of an image."""
-        return examples.reshape(examples.shape[0], -1)
+        """All pixels of an image, as exact as the weights."""
+        return examples.reshape(examples.shape[0], -1).astype(self.classifier.weight.dtype)
 
     def arranged(self, x: Float[Array, "batch units"]) -> Features:
         """The units, in one patch."""

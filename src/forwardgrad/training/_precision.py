@@ -29,7 +29,7 @@ def products_of(precision: Precision) -> AbstractContextManager[None]:
 
 
 def rounding(precision: Precision) -> Callable[[PyTree], PyTree]:
-    """What parameters and examples become before a network sees them."""
+    """What parameters become before a network computes with them."""
     if precision != "bfloat16":
         return lambda tree: tree
 

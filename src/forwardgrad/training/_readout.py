@@ -108,7 +108,8 @@ def _features(
     @jax.jit
     def features(params: PyTree, images: Array) -> Array:
         with setup.products():
-            network, x = setup.computing(params, setup.inputs.plain(images))
+            network = setup.computing(params)
+            x = setup.inputs.plain(images)
             return network.pooled(network.blocks_output(x)).astype(jnp.float32)
 
     parts = [

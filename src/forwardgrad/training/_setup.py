@@ -182,21 +182,20 @@ class Setup:
         """The network with these parameters."""
         return eqx.combine(params, self._static)
 
-    def computing(self, params: PyTree, x: Array) -> tuple[AbstractNetwork, Array]:
-        """The network and what it is called on, as exact as they are computed with."""
-        params, x = self._rounded((params, x))
-        return self.network(params), x
+    def computing(self, params: PyTree) -> AbstractNetwork:
+        """The network, as exact as it computes."""
+        return self.network(self._rounded(params))
 
     def loss(self, params: PyTree, x: Array, labels: Array) -> tuple[Losses, dict[str, Array]]:
         """What is learned, of examples as a network gets them."""
         with self.products():
-            return self.objective(*self.computing(params, x), labels)
+            return self.objective(self.computing(params), x, labels)
 
     def predict(self, params: PyTree, examples: Array) -> Array:
         """The logits of examples as they are stored."""
         with self.products():
-            network, x = self.computing(params, self.inputs.plain(examples))
-            return network(x).astype(jnp.float32)
+            network = self.computing(params)
+            return network(self.inputs.plain(examples)).astype(jnp.float32)
 
     def sample(self, params: PyTree) -> str:
         """The beginning of the test text, and how a network of texts goes on from there."""
@@ -206,7 +205,7 @@ class Setup:
         params = jax.tree.map(np.asarray, params)
         drawn = jax.jit(
             lambda params, prompt: continuation(
-                *self.computing(params, prompt), SAMPLE_TOKENS, self._sample_key
+                self.computing(params), prompt, SAMPLE_TOKENS, self._sample_key
             )
         )(params, prompt)
         return self.data.vocabulary.decode(np.append(prompt, drawn))
