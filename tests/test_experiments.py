@@ -411,13 +411,23 @@ RESULTS = Path(__file__).parents[1] / "results"
 @pytest.mark.parametrize(
     "name",
     [
-        *("table3", "table3-cifar10", "table3-small", "table4", "compare", "ablation"),
+        *(
+            "table3",
+            "table3-cifar10",
+            "table3-small",
+            "table3-small-plain",
+            "table4",
+            "compare",
+            "ablation",
+        ),
         *("tokens", "tokens-cosine"),
     ],
 )
 def test_stored_results_are_presented_as_they_were(name, tmp_path):
     """Cells, their means, and the files that were made of them, by the version that made them."""
-    experiment = {**EXPERIMENTS, "compare": COMPARE}[re.sub("-(cifar10|small)$", "", name)]
+    experiment = {**EXPERIMENTS, "compare": COMPARE}[
+        re.sub("-(cifar10|small|small-plain)$", "", name)
+    ]
     path = RESULTS / name / f"{experiment.name}.json"
     grid = read(path, Grid[experiment.cells.kind, experiment.options])
     stored = json.loads(path.read_text())
