@@ -8,6 +8,7 @@ import pytest
 
 import forwardgrad as fg
 from forwardgrad.networks import LocalMixer, Size, build, copy_axes
+from forwardgrad.networks._normalise import normalise
 from forwardgrad.objectives import (
     Contrastive,
     GlobalLoss,
@@ -69,12 +70,17 @@ def tiled(task, groups, patches, features, weight, bias):
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("patches", [1, PATCHES])
-def test_replicated_loss_is_its_definition(task, groups, patches):
-    def closed(*args):
-        return replicated_loss(task, groups, patches, *args, LABELS)
+@pytest.mark.parametrize("normalised", [False, True])
+def test_replicated_loss_is_its_definition(task, groups, patches, normalised):
+    def see(features):
+        parts = features.reshape(groups, -1, *features.shape[1:])
+        return normalise(parts, 1).reshape(features.shape) if normalised else features
 
-    def definition(*args):
-        return tiled(task, groups, patches, *args)
+    def closed(*args):
+        return replicated_loss(task, groups, patches, *args, LABELS, see=see)
+
+    def definition(features, *head):
+        return tiled(task, groups, patches, see(features), *head)
 
     @jax.jit
     def both(args, tangents):

@@ -1,6 +1,7 @@
 """What a network offers: blocks, a classifier, and heads where blocks have losses of their own."""
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import ClassVar, TypeAlias
 
@@ -43,6 +44,19 @@ def _of_one_length(x: Float[Array, "batch units"]) -> Float[Array, "batch units"
     return x * (READOUT_LENGTH * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
 
 
+def _within(groups: int, x: Features) -> Features:
+    """Each group of units with mean zero and variance one."""
+    channels = len(x) // groups
+    # One number would always become zero.
+    if channels == 1:
+        return x
+    return normalise(x.reshape(groups, channels, *x.shape[1:]), 1).reshape(x.shape)
+
+
+def _identity(x: Features) -> Features:
+    return x
+
+
 class AbstractNetwork(eqx.Module):
     """Blocks one after another, and a linear classifier on the last one's features.
 
@@ -81,12 +95,12 @@ class AbstractNetwork(eqx.Module):
         With `normalise_features` each group of units has mean zero and variance one, at every
         patch, so that the features of a group depend on no other.
         """
-        x = self.arranged(x)
-        channels = len(x) // self.groups
-        # One number would always become zero.
-        if not self.normalise_features or channels == 1:
-            return x
-        return normalise(x.reshape(self.groups, channels, *x.shape[1:]), 1).reshape(x.shape)
+        return self.seen(self.arranged(x))
+
+    @property
+    def seen(self) -> Callable[[Features], Features]:
+        """What becomes of arranged outputs before heads and the classifier see them."""
+        return functools.partial(_within, self.groups) if self.normalise_features else _identity
 
     def pooled(self, x: Array) -> Float[Array, "batch *tokens units"]:
         """The mean of a block's features over patches; of each token its own features."""

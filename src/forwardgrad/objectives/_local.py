@@ -145,11 +145,11 @@ class LocalLoss(AbstractObjective):
         return self._replicated(network, x, head, labels), (group, "example", patch)
 
     def _replicated(self, network, x, head, labels):
-        features = widened(network.features(x))
+        features = widened(network.arranged(x))
         groups = network.groups if self.groupwise else 1
         patches = features.shape[2] if self.patchwise else 1
         copies = (groups, patches, features, head.weight, head.bias)
-        return replicated_loss(self.task, *copies, labels)
+        return replicated_loss(self.task, *copies, labels, see=network.seen)
 
 
 def _trained(network: AbstractNetwork) -> tuple[Any, Any, Any]:

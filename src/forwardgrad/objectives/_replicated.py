@@ -1,6 +1,7 @@
 """A loss for every example, patch and channel group, at the price of one."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,10 @@ def _separate_jvp(task, primals, tangents):
     return task.losses(outputs, labels), change
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _all(features):
+    return features
+
+
 def replicated_loss(
     task: AbstractTask,
     groups: int,
@@ -41,6 +45,8 @@ def replicated_loss(
     weight: Float[Array, "units outputs"],
     bias: Float[Array, " outputs"],
     labels: Labels,
+    *,
+    see: Callable[[Array], Array] = _all,
 ) -> Float[Array, "groups batch patches"]:
     r"""The loss of a linear head, once for each example, group and patch.
 
@@ -68,6 +74,8 @@ def replicated_loss(
     - `features`: activations, units first and patches last.
     - `weight`, `bias`: of the head.
     - `labels`: the classes.
+    - `see`: what the head sees of the features, such as normalised ones. What it sees of a group,
+        an example and a patch must be a function of these alone. Default: the features.
 
     **Returns:**
 
@@ -78,21 +86,29 @@ def replicated_loss(
         Ren, Kornblith, Liao & Hinton, *Scaling Forward Gradient with Local Losses*, ICLR 2023,
         Section 4.
     """
-    outputs = transparent(jnp.mean(features, axis=2).T @ weight + bias)
+    return _replicated(see, task, groups, patches, features, weight, bias, labels)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _replicated(see, task, groups, patches, features, weight, bias, labels):
+    outputs = transparent(jnp.mean(see(features), axis=2).T @ weight + bias)
     return _copies(task.losses(outputs, labels), groups, patches)
 
 
-@replicated_loss.defjvp
-def _replicated_jvp(task, groups, patches, primals, tangents):
+@_replicated.defjvp
+def _replicated_jvp(see, task, groups, patches, primals, tangents):
     features, weight, bias, labels = primals
     d_features, d_weight, d_bias, _ = tangents
-    pooled = jnp.mean(features, axis=2)
+    seen, back = jax.vjp(see, features)
+    pooled = jnp.mean(seen, axis=2)
     outputs = pooled.T @ weight + bias
     error = task.error(outputs, labels)
     # The head's own change is shared out to the copies.
     of_head = jnp.sum(error * (pooled.T @ d_weight + d_bias), axis=1)
     gradient = weight @ error.T / features.shape[2]
-    moved = gradient[:, :, None] * d_features
+    # Back through what is seen, once for all tangents.
+    (gradient,) = back(jnp.broadcast_to(gradient[:, :, None], features.shape))
+    moved = gradient * d_features
     if patches == 1:
         moved = jnp.sum(moved, axis=2, keepdims=True)
     moved = jnp.sum(moved.reshape(groups, -1, *moved.shape[1:]), axis=1)
