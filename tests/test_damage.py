@@ -184,6 +184,14 @@ def test_the_report_says_what_it_could_not_read(whole, command, name, kind):
 @pytest.mark.parametrize("name", GRIDS)
 def test_what_is_stored_is_not_done_again(command, name):
     shutil.copytree(RESULTS / name, name)
+    path = Path(name, f"{name}.json")
+    if name in ("table3", "table4", "ablation"):
+        # Their networks are of before features were normalised, which is refused: as if they were.
+        assert command(GRIDS[name])[1].count("for normalise_features False, not True") == 1
+        stored = json.loads(path.read_text())
+        for cell in stored["cells"]:
+            cell["normalise_features"] = True
+        path.write_text(json.dumps(stored))
     assert command(GRIDS[name]) == (0, "")
 
 

@@ -601,10 +601,10 @@ def test_nan_in_the_loss_of_one_block_stops_the_run(tmp_path, monkeypatch):
     """The other blocks' losses stay finite, because gradients stop between blocks."""
     whole, block = objectives._local.replicated_loss, itertools.count()
 
-    def broken(*args):
+    def broken(*args, **settings):
         labels = args[-1]
         unlucky = (next(block) % 4 == 1) & jnp.all(labels[:2] == 7)
-        return whole(*args) + jnp.where(unlucky, jnp.nan, 0.0)
+        return whole(*args, **settings) + jnp.where(unlucky, jnp.nan, 0.0)
 
     monkeypatch.setattr(objectives._local, "replicated_loss", broken)
     with fails("the run diverged"):
