@@ -411,16 +411,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "table3",
-            "table3-cifar10",
-            "table3-small",
-            "table3-small-plain",
-            "table4",
-            "compare",
-            "ablation",
-        ),
-        *("tokens", "tokens-cosine"),
+        *("table3", "table3-cifar10", "table3-small", "table3-small-plain"),
+        *("table4", "compare", "ablation", "tokens", "tokens-cosine"),
     ],
 )
 def test_stored_results_are_presented_as_they_were(name, tmp_path):
@@ -534,7 +526,7 @@ def test_the_papers_settings():
         assert options_of(config).get("tangents", 1) == 1
     chosen = options("table4", settings="paper", algorithms=("lg-fg-a",))
     (job,) = EXPERIMENTS["table4"].cells.jobs(chosen)
-    found = {**options_of(job.config)}
+    found = options_of(job.config)
     assert (found["optimizer"], found["learning_rate"], found["scale_learning_rate"]) == (
         *("lars", 0.1, True),
     )

@@ -219,10 +219,9 @@ def _plan(columns: Columns, task: str, options: Any) -> Iterator[Job]:
         # A network's name has no space, a folder's may.
         dataset, _, network = column.rpartition(" ")
         what = {"task": task, "dataset": dataset, "network": network, "algorithm": algorithm}
-        what |= more
         place = {"column": column, "algorithm": algorithm}
         trains = algorithm != UNTRAINED
-        yield Job(place, seed, run_config(options, **what, seed=seed) if trains else None)
+        yield Job(place, seed, run_config(options, **what, **more, seed=seed) if trains else None)
 
 
 def _chosen(columns: Columns, options: Any) -> list[str]:

@@ -44,17 +44,12 @@ def _of_one_length(x: Float[Array, "batch units"]) -> Float[Array, "batch units"
     return x * (READOUT_LENGTH * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
 
 
-def _within(groups: int, x: Features) -> Features:
-    """Each group of units with mean zero and variance one."""
-    channels = len(x) // groups
+def _seen(groups: int | None, x: Features) -> Features:
+    """Each group of units with mean zero and variance one; without groups, all as they are."""
     # One number would always become zero.
-    if channels == 1:
+    if groups is None or groups == len(x):
         return x
-    return normalise(x.reshape(groups, channels, *x.shape[1:]), 1).reshape(x.shape)
-
-
-def _identity(x: Features) -> Features:
-    return x
+    return normalise(x.reshape(groups, -1, *x.shape[1:]), 1).reshape(x.shape)
 
 
 class AbstractNetwork(eqx.Module):
@@ -100,7 +95,7 @@ class AbstractNetwork(eqx.Module):
     @property
     def seen(self) -> Callable[[Features], Features]:
         """What becomes of arranged outputs before heads and the classifier see them."""
-        return functools.partial(_within, self.groups) if self.normalise_features else _identity
+        return functools.partial(_seen, self.groups if self.normalise_features else None)
 
     def pooled(self, x: Array) -> Float[Array, "batch *tokens units"]:
         """The mean of a block's features over patches; of each token its own features."""

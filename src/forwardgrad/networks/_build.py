@@ -86,12 +86,11 @@ def build(
         raise InputError(
             f"network {name!r} takes images: expected an image_shape, and no settings of a decoder"
         )
+    normalised = size is not None if normalise_features is None else normalise_features
+    seen = {"projection": projection, "normalise_features": normalised}
     if size is not None:
-        normalised = normalise_features is not False
-        more = {"projection": projection, "normalise_features": normalised}
-        return LocalMixer(image_shape, size, classes, key=key, **more)
-    normalised = normalise_features is True
-    with_heads = {"heads": heads, "projection": projection, "normalise_features": normalised}
+        return LocalMixer(image_shape, size, classes, key=key, **seen)
+    with_heads = {"heads": heads, **seen}
     width = WIDTH if width is None else width
     depth = DEPTH if depth is None else depth
     if name == "cnn":
