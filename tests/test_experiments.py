@@ -252,6 +252,36 @@ def test_compare(tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_of_algorithms_with_options(tmp_path):
+    rows = ("lg-fg-a+adamw+crop@2", "bp", "fg-a")
+    settings = {"network": "s/1/1", "epochs": 2, "seeds": 1, "out": tmp_path}
+    COMPARE.run(COMPARE.options(**settings, iterations=2, algorithms=rows))
+    stored = json.loads((tmp_path / "compare.json").read_text())
+    assert [cell["algorithm"] for cell in stored["cells"]] == list(rows)
+    assert [cell["tangents"] for cell in stored["cells"] if "tangents" in cell] == [2, 4]
+    assert [row["algorithm"] for row in stored["table"]] == ["bp", "fg-a", rows[0]]
+    (folder,) = (tmp_path / "runs").glob("*adamw*")
+    run = json.loads((folder / "config.json").read_text())
+    options = {"optimizer": "adamw", "augment": "crop-flip", "iterations": 2}
+    assert {name: run[name] for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("bp@2", "tangents is not a setting of algorithm 'bp'"),
+        ("lg-bp+exact", "exact_mixing is not a setting of algorithm 'lg-bp'"),
+        ("fg-a+crp", "option of method 'fg-a\\+crp' 'crp' is unknown"),
+        ("untrained", "algorithm 'untrained' is unknown"),
+    ],
+)
+def test_rows_that_no_table_has(row, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        COMPARE.run(COMPARE.options(algorithms=(row,), out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_a_table_whose_learning_rates_are_searched(tmp_path):
     settings = {"network": "s/1/1", "epochs": 1, "out": tmp_path, "seeds": 2}
     chosen = COMPARE.options(

@@ -8,9 +8,9 @@ import pytest
 
 import forwardgrad as fg
 from forwardgrad.cli import main
+from forwardgrad.experiments._methods import method_of
 from forwardgrad.experiments._search import RATES, chosen, climb
 from forwardgrad.experiments._token_cosines import _levels, _measured
-from forwardgrad.experiments._tokens import method_of
 from forwardgrad.training import configure, problem
 
 SMALL = ["--networks", "gpt/1/8", "--context", "8", "--iterations", "4", "--eval-steps", "2"]

@@ -2,12 +2,14 @@
 
 Commands: `forwardgrad reproduce table3` (supervised), `forwardgrad reproduce table4` (contrastive)
 and `forwardgrad compare`. Every cell is a run of `forwardgrad train` in a folder of its own, so an
-interrupted table continues where it was.
+interrupted table continues where it was. A row is an algorithm, or one with some of its options, as
+`forwardgrad.experiments._methods` has them.
 """
 
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -23,10 +25,10 @@ from forwardgrad.experiments._experiment import (
     Presented,
     check_names,
     read_out,
-    run_config,
     run_folder,
     run_job,
 )
+from forwardgrad.experiments._methods import method_config, method_of
 from forwardgrad.experiments._search import SearchOptions, check_search, search
 from forwardgrad.results import Place, Table, TableCell, look, over_seeds
 from forwardgrad.results._figures import panels
@@ -96,11 +98,16 @@ class TableOptions(SearchOptions):
     """Settings of any of the tables."""
 
     algorithms: tuple[str, ...] = ALGORITHMS
-    """Algorithms, one row each."""
+    """Algorithms, one row each; with +adamw, +crop, +decay, +direct, +exact, +mixing, +orthogonal,
+    +variate and @TANGENTS for options of train."""
     epochs: int | None
     """Passes over the training set."""
+    iterations: int | None = None
+    """Stop after this many steps instead."""
     batch_size: int | None
     """Examples per step."""
+    image_size: int | None = None
+    """Height and width that images are resized to, as for train. Default: as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,10 +142,6 @@ class _PapersOptions(TableOptions):
     warmup: int | None = None
     """Steps over which the learning rate first rises. Default: 0, 100; paper: 1950, 240, which are
     ten epochs of CIFAR-10."""
-    iterations: int | None = None
-    """Stop after this many steps instead."""
-    image_size: int | None = None
-    """Height and width that images are resized to, as for train. Default: as they are."""
 
     def __post_init__(self):
         defaults = self.PAPER if self.settings == "paper" else self.SHORT
@@ -197,15 +200,25 @@ class Table4Options(_PapersOptions):
 
 
 def in_order(algorithms: Sequence[str]) -> list[str]:
-    """Each algorithm once, in the paper's order; those that it does not have come last."""
-    names = list(dict.fromkeys(algorithms))
-    return sorted(names, key=lambda name: ROWS.index(name) if name in ROWS else len(ROWS))
+    """Each row once, in the paper's order of algorithms; those that it does not have come last."""
+
+    def place(name: str) -> int:
+        algorithm = re.split("[+@]", name)[0]
+        return ROWS.index(algorithm) if algorithm in ROWS else len(ROWS)
+
+    return sorted(dict.fromkeys(algorithms), key=place)
+
+
+def is_row(name: str) -> bool:
+    """Whether a table can have a row of this name."""
+    try:
+        return name == UNTRAINED or bool(method_of(name))
+    except InputError:
+        return False
 
 
 def _plan(columns: Columns, task: str, options: Any) -> Iterator[Job]:
     """Seed by seed: the table is complete early, and gets more exact."""
-    rows = KNOWN if task == "supervised" else (UNTRAINED, *KNOWN)
-    check_names("algorithm", options.algorithms, rows)
     check_search(options)
     if task == "contrastive" and options.search_iterations:
         raise InputError(
@@ -218,10 +231,11 @@ def _plan(columns: Columns, task: str, options: Any) -> Iterator[Job]:
     for seed, column, algorithm in itertools.product(range(options.seeds), chosen, algorithms):
         # A network's name has no space, a folder's may.
         dataset, _, network = column.rpartition(" ")
-        what = {"task": task, "dataset": dataset, "network": network, "algorithm": algorithm}
-        place = {"column": column, "algorithm": algorithm}
-        trains = algorithm != UNTRAINED
-        yield Job(place, seed, run_config(options, **what, **more, seed=seed) if trains else None)
+        what = {"task": task, "dataset": dataset, "network": network, "seed": seed}
+        config = None
+        if task == "supervised" or algorithm != UNTRAINED:
+            config = method_config(options, algorithm, more, **what)
+        yield Job({"column": column, "algorithm": algorithm}, seed, config)
 
 
 def _chosen(columns: Columns, options: Any) -> list[str]:
@@ -306,7 +320,7 @@ def _table(
         plan=functools.partial(_plan, columns, task),
         make=_make,
         present=functools.partial(_present, papers, error),
-        same=("epochs", "batch_size", "search_iterations", *same),
+        same=("epochs", "iterations", "batch_size", "image_size", "search_iterations", *same),
         title=title,
         error=error,
         columns={column: key for key, group in columns.items() for column in group},
@@ -315,7 +329,7 @@ def _table(
     return Experiment(name, summary, options, cells)
 
 
-_SAME = ("settings", "iterations", "warmup", "image_size")
+_SAME = ("settings", "warmup")
 
 TABLE3 = _table(
     "table3",

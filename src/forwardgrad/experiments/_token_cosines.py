@@ -32,7 +32,8 @@ from forwardgrad.experiments._experiment import (
     run_config,
     trained,
 )
-from forwardgrad.experiments._tokens import TextOptions, check_decoder, config_of, method_of
+from forwardgrad.experiments._methods import method_of
+from forwardgrad.experiments._tokens import TextOptions, check_decoder, config_of
 from forwardgrad.results import look, markdown
 from forwardgrad.results._figures import panels
 from forwardgrad.results._records import AbstractCell, Count, Name, NotNegative, Number
@@ -237,7 +238,7 @@ def _figure(cells: Sequence[CosineCell]) -> Figure:
     figure, every = panels(2, 3, size=(13, 7), sharex=True, sharey=True)
     for axes, (i, kind) in zip(every.flat, enumerate(kinds), strict=True):
         for cell in cells:
-            color, line, marker = look(method_of(cell.method).algorithm)
+            color, line, marker = look(cell.method)
             alpha = 0.5 if "+" in cell.method else 1.0
             found = cell.kinds[i]
             axes.plot(cell.tangents, found.predicted, ":", color=color, alpha=alpha)

@@ -4,23 +4,23 @@ Command: `forwardgrad reproduce tokens`. Every cell is a run of `forwardgrad tra
 its own, with a learning rate that shorter runs have found, so an interrupted experiment continues
 where it was.
 
-A method is called `ALGORITHM[+OPTION...][@TANGENTS]`, such as `lg-fg-a+exact@16`. Its learning rate
-is searched on the validation text.
+Methods are named as in `forwardgrad.experiments._methods`. Their learning rates are searched on the
+validation text.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 from forwardgrad._console import Console
-from forwardgrad._errors import InputError, unknown_name
+from forwardgrad._errors import InputError
 from forwardgrad._estimation import estimation
 from forwardgrad.experiments._experiment import (
     Cells,
@@ -29,30 +29,18 @@ from forwardgrad.experiments._experiment import (
     Options,
     Presented,
     ending,
-    run_config,
     trained,
 )
+from forwardgrad.experiments._methods import method_config, method_of
 from forwardgrad.experiments._search import SearchOptions, check_search, search
 from forwardgrad.results import TokenCell, look, markdown, over_seeds
 from forwardgrad.results._figures import panels
 from forwardgrad.results._tables import grouped
-from forwardgrad.training import ALGORITHMS, TrainConfig, problem
-from forwardgrad.training._config import changed, check_names, options_of, reads_text
+from forwardgrad.training import TrainConfig, problem
+from forwardgrad.training._config import changed, options_of, reads_text
 
 TANGENTS = 16
 """K of methods that do not say theirs."""
-
-OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "sgd": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0},
-    "causal": {"mixing": "causal"},
-    "mixing": {"exact_mixing": True},
-    "direct": {"exact_direct": True},
-    "dense": {"structure": "dense"},
-    "exact": {"exact_mixing": True, "exact_direct": True},
-    "balance": {"balance": "relative"},
-    "variate": {"control_variate": True},
-}
-"""What can be added to an algorithm."""
 
 FIRST_RATE = {"sgd": 1e-1, "adamw": 3e-3}
 """Where the search begins, by the optimiser."""
@@ -99,47 +87,13 @@ class TokensOptions(SearchOptions, TextOptions):
     seeds: int = 3
 
 
-class Method(NamedTuple):
-    """An algorithm, and the options that its name asks for."""
-
-    algorithm: str
-    options: dict[str, Any]
-
-
-def method_of(name: str) -> Method:
-    """What a name such as `lg-fg-a+exact@16` stands for.
-
-    **Raises:**
-
-    `InputError` if it is none.
-
-    >>> method_of("lg-fg-a+mixing@4")
-    Method(algorithm='lg-fg-a', options={'tangents': 4, 'exact_mixing': True})
-    """
-    rest, at, tangents = name.partition("@")
-    algorithm, *added = rest.split("+")
-    if algorithm not in ALGORITHMS:
-        raise unknown_name("algorithm", algorithm, ALGORITHMS)
-    if at and not (tangents.isdecimal() and int(tangents)):
-        raise InputError(f"method {name!r} must end in a number of tangents after @")
-    options: dict[str, Any] = {"tangents": int(tangents)} if at else {}
-    for option in added:
-        if option not in OPTIONS:
-            raise unknown_name(f"option of method {name!r}", option, OPTIONS)
-        options |= OPTIONS[option]
-    return Method(algorithm, options)
-
-
 def config_of(options: Any, name: str, network: str, **given: Any) -> TrainConfig:
     """The settings of a run by the method of this name."""
-    algorithm, own = method_of(name)
+    algorithm, _ = method_of(name)
     usual = {"optimizer": "adamw", "weight_decay": 0.01, "tangents": TANGENTS}
     evaluates = {"eval_steps": getattr(options, "eval_steps", None), "log_every": None}
     chunk = {"chunk": CHUNK} if algorithm.endswith("np") else {}
-    what = {"algorithm": algorithm, "network": network}
-    config = run_config(options, **{**usual, **evaluates, **chunk, **own, **what, **given})
-    check_names(own, config)
-    return config
+    return method_config(options, name, {**usual, **evaluates, **chunk}, network=network, **given)
 
 
 def check_decoder(network: str) -> None:
@@ -252,7 +206,7 @@ def _figure(cells: Sequence[TokenCell]) -> Figure:
     figure, every = panels(len(networks), 3, size=(15, 4.2 * len(networks)), sharey="row")
     for axes, (network, of_network) in zip(every, networks.items(), strict=True):
         for method, own in grouped(of_network, lambda cell: cell.method).items():
-            color, line, marker = look(method_of(method).algorithm)
+            color, line, marker = look(method)
             color = colors.get(added[method], color)
             losses = np.mean([cell.losses for cell in own], axis=0)
             steps = np.array(own[0].steps)

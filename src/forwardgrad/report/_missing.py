@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from forwardgrad.experiments import UNTRAINED, as_options, in_order
+from forwardgrad.experiments import as_options, in_order, is_row
 from forwardgrad.report._table import StoredTable
 from forwardgrad.results import Place, TableCell
 from forwardgrad.results._tables import grouped
-from forwardgrad.training import ALGORITHMS, command
+from forwardgrad.training import command
 
 
 class Gap(NamedTuple):
@@ -51,7 +51,7 @@ def _complete(table: StoredTable, tables: Sequence[StoredTable]) -> Iterator[Any
     if table.cells.kind is not TableCell:
         yield options
     elif not isinstance(options, dict):
-        names = tuple(row[0] for row in table.rows if row[0] in (*ALGORITHMS, UNTRAINED))
+        names = tuple(row[0] for row in table.rows if is_row(row[0]))
         options = dataclasses.replace(options, algorithms=names, seeds=table.seeds)
         if table.cells.columns:
             yield dataclasses.replace(options, columns=_columns(table, tables))

@@ -1,6 +1,7 @@
 """The look of an algorithm in every figure, and figures on disk."""
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ STYLES = {"": ("-", "o"), "l-": ("--", "s"), "lg-": ("-.", "D")}
 
 
 def look(algorithm: str) -> tuple[str, str, str]:
-    """Colour, line and marker of an algorithm."""
+    """Colour, line and marker of an algorithm, whatever is added to it by + or @."""
+    algorithm = re.split("[+@]", algorithm)[0]
     prefix = next((p for p in ("lg-", "l-") if algorithm.startswith(p)), "")
     return (COLORS.get(algorithm.removeprefix(prefix), COLORS[""]), *STYLES[prefix])
 
