@@ -17,7 +17,7 @@ from PIL import Image
 import forwardgrad as fg
 from data_helpers import write_parquet
 from forwardgrad import data
-from forwardgrad._errors import InputError
+from forwardgrad._errors import DivergedError, InputError
 from forwardgrad.experiments import (
     COMPARE,
     EXPERIMENTS,
@@ -323,6 +323,26 @@ def test_rates_that_diverge_are_left_out(tmp_path):
     (cell,) = json.loads((tmp_path / "compare.json").read_text())["cells"]
     assert cell["learning_rate"] == 1e-2
     assert all(np.isfinite(cell["rate_losses"]))
+
+
+@pytest.mark.parametrize("diverging", [("fa",), ("bp", "fa", "dfa")])
+def test_cells_that_diverge_do_not_end_a_table(diverging, tmp_path, capsys):
+    def make(job, options, console):
+        if job.place["algorithm"] in diverging:
+            raise DivergedError(f"{job.place['algorithm']} is not finite")
+        return {"test_error": 1.0}
+
+    table = dataclasses.replace(COMPARE, cells=dataclasses.replace(COMPARE.cells, make=make))
+    rows, seeds = ("bp", "fa", "dfa"), 2
+    with pytest.raises(
+        DivergedError, match=f"of 6 cells, these diverged: .*{diverging[0]}, seed 0"
+    ):
+        table.run(COMPARE.options(algorithms=rows, seeds=seeds, out=tmp_path))
+    assert capsys.readouterr().out.count("is not finite") == len(diverging) * seeds
+    path = tmp_path / "compare.json"
+    stored = json.loads(path.read_text())["cells"] if path.exists() else []
+    left = [(row, seed) for seed in range(seeds) for row in rows if row not in diverging]
+    assert [(cell["algorithm"], cell["seed"]) for cell in stored] == left
 
 
 def test_a_readout_is_no_judge_of_learning_rates(tmp_path):

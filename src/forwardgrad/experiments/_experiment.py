@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from forwardgrad import results
 from forwardgrad._console import Console
-from forwardgrad._errors import InputError, unknown_name
+from forwardgrad._errors import DivergedError, InputError, unknown_name
 from forwardgrad._files import write_text
 from forwardgrad._provenance import provenance
 from forwardgrad.results import MOST_SEEDS, Grid, Place, Readout
@@ -174,7 +174,7 @@ class Experiment:
         **Raises:**
 
         `InputError` if an option is none that the experiment can have, or the folder holds what
-        other options made.
+        other options made; `DivergedError`, after all other cells, if one of them diverged.
         """
         if options.out is None:
             parent = "runs" if self.name == "compare" else "runs/reproduce"
@@ -183,18 +183,28 @@ class Experiment:
         if not jobs:
             raise InputError(f"the options of {self.name} ask for no cells: one of them is empty")
         made = {(cell.place, cell.seed): cell for cell in self._stored(options, jobs)}
+        diverged: list[str] = []
         for job in jobs:
             place = kind.at(job.place)
             if (place, job.seed) not in made:
                 others = (c for c in made.values() if c.place == place)
                 rate = next((getattr(c, "learning_rate", None) for c in others), None)
-                fields = self.cells.make(job._replace(rate=rate), options, console)
-                made[place, job.seed] = kind(seed=job.seed, **{**fields, **job.place})
                 where = ", ".join(filter(None, (place.column, *place.row, f"seed {job.seed}")))
+                try:
+                    fields = self.cells.make(job._replace(rate=rate), options, console)
+                except DivergedError as error:
+                    console.print(f"{where}: {error}", highlight=False)
+                    diverged.append(where)
+                    continue
+                made[place, job.seed] = kind(seed=job.seed, **{**fields, **job.place})
                 error = f": {fields['test_error']:.2f} %" if "test_error" in fields else ""
                 console.print(f"{where}{error}", highlight=False)
                 self._write(options, list(made.values()))
-        console.print(self._write(options, list(made.values())), highlight=False, soft_wrap=True)
+        if made:
+            text = self._write(options, list(made.values()))
+            console.print(text, highlight=False, soft_wrap=True)
+        if diverged:
+            raise DivergedError(f"of {len(jobs)} cells, these diverged: {'; '.join(diverged)}")
         return options.out
 
     def _stored(self, options: Any, jobs: Sequence[Job]) -> Sequence[AbstractCell]:
