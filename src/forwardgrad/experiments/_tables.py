@@ -98,7 +98,7 @@ class TableOptions(SearchOptions):
     """Settings of any of the tables."""
 
     algorithms: tuple[str, ...] = ALGORITHMS
-    """Algorithms, one row each; with +adamw, +crop, +decay, +direct, +exact, +mixing, +orthogonal,
+    """Algorithms, one row each; with +adamw, +balance, +crop, +decay, +dense, +direct, +orthogonal,
     +variate and @TANGENTS for options of train."""
     epochs: int | None
     """Passes over the training set."""
@@ -120,6 +120,8 @@ class CompareOptions(TableOptions):
     """Network, as for train."""
     epochs: int = 30
     batch_size: int = 64
+    warmup: int = 0
+    """Steps over which the learning rate first rises."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,6 +306,10 @@ def _bars(rows: Sequence[Mapping[str, Any]], error: str) -> Figure:
     return figure
 
 
+_SAME = ("epochs", "iterations", "batch_size", "image_size", "warmup", "search_iterations")
+"""Options that all cells of a table share."""
+
+
 def _table(
     name: str,
     summary: str,
@@ -320,7 +326,7 @@ def _table(
         plan=functools.partial(_plan, columns, task),
         make=_make,
         present=functools.partial(_present, papers, error),
-        same=("epochs", "iterations", "batch_size", "image_size", "search_iterations", *same),
+        same=(*_SAME, *same),
         title=title,
         error=error,
         columns={column: key for key, group in columns.items() for column in group},
@@ -329,8 +335,6 @@ def _table(
     return Experiment(name, summary, options, cells)
 
 
-_SAME = ("settings", "warmup")
-
 TABLE3 = _table(
     "table3",
     "all algorithms on LocalMixers, beside the paper's numbers",
@@ -338,7 +342,7 @@ TABLE3 = _table(
     "Table 3 of Ren et al. (2023), supervised",
     TABLE3_COLUMNS,
     TABLE3_PAPER,
-    same=(*_SAME, "augment"),
+    same=("settings", "augment"),
 )
 
 TABLE4 = _table(
@@ -349,7 +353,7 @@ TABLE4 = _table(
     TABLE4_COLUMNS,
     TABLE4_PAPER,
     task="contrastive",
-    same=(*_SAME, "examples"),
+    same=("settings", "examples"),
 )
 
 COMPARE = _table(
