@@ -62,6 +62,7 @@ def test_the_search_goes_down_from_what_diverges():
         ("lg-fg-a+exct", "'exct' is unknown"),
         ("fg-a@0", "must end in a number of tangents"),
         ("fg-a@", "must end in a number of tangents"),
+        ("fg-a@" + 5000 * "9", "must end in a number of tangents below 1e9"),
     ],
 )
 def test_names_that_are_none(name, message):

@@ -49,8 +49,8 @@ def method_of(name: str) -> Method:
     algorithm, *added = rest.split("+")
     if algorithm not in ALGORITHMS:
         raise unknown_name("algorithm", algorithm, ALGORITHMS)
-    if at and not (tangents.isdecimal() and int(tangents)):
-        raise InputError(f"method {name!r} must end in a number of tangents after @")
+    if at and not (tangents.isdecimal() and len(tangents) < 10 and int(tangents)):
+        raise InputError(f"method {name!r} must end in a number of tangents below 1e9 after @")
     options: dict[str, Any] = {"tangents": int(tangents)} if at else {}
     for option in added:
         if option not in OPTIONS:
