@@ -212,7 +212,11 @@ def in_order(algorithms: Sequence[str]) -> list[str]:
 
 
 def is_row(name: str) -> bool:
-    """Whether a table can have a row of this name."""
+    """Whether a table can have a row of this name.
+
+    >>> is_row("lg-fg-a@16"), is_row("lg-fg-a+nothing")
+    (True, False)
+    """
     try:
         return name == UNTRAINED or bool(method_of(name))
     except InputError:
