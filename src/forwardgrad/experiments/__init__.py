@@ -7,7 +7,7 @@ from forwardgrad.experiments._experiment import Cells, Experiment, Job, as_optio
 from forwardgrad.experiments._measure import Step, checkpointed, interleave
 from forwardgrad.experiments._mnist import MNIST
 from forwardgrad.experiments._scaling import SCALING, checkpointed_mlp_loss, mlp_loss, mlp_problem
-from forwardgrad.experiments._tables import COMPARE, TABLE3, TABLE4, UNTRAINED, in_order, is_row
+from forwardgrad.experiments._tables import COMPARE, TABLE3, TABLE4, in_order, is_row
 from forwardgrad.experiments._token_cosines import TOKENS_COSINE
 from forwardgrad.experiments._tokens import TOKENS
 from forwardgrad.experiments._toy import TOY
@@ -22,7 +22,6 @@ EXPERIMENTS: dict[str, Experiment] = {
 __all__ = [
     "COMPARE",
     "EXPERIMENTS",
-    "UNTRAINED",
     "Cells",
     "DiagnoseOptions",
     "Experiment",
