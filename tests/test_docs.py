@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from forwardgrad.cli._readout import ReadoutOptions
 from forwardgrad.cli._report import ReportOptions
 from forwardgrad.cli._train import read_options
 from forwardgrad.experiments import COMPARE, EXPERIMENTS, DiagnoseOptions
+from forwardgrad.results import Grid, Options, TableCell, over_seeds, read
 from forwardgrad.rewrite._walk import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -190,3 +192,34 @@ def test_site_builds(tmp_path):
     tutorial = (tmp_path / "tutorial" / "index.html").read_text(encoding="utf-8")
     assert "perturbed activations: test error" in tutorial
     assert "jp-RenderedImage" in tutorial
+
+
+TABLES = [
+    ("table3", "| algorithm | s/1/1 |", {1: "table3: mnist s/1/1", 3: "table3: mnist m/1/16"}),
+    ("table3", "| algorithm | m/8/16", {1: "table3-cifar10: cifar10 m/8/16"}),
+    (
+        *("table3", "| algorithm | images as they are |"),
+        {i + 1: f"table3-small{s}: cifar10 m/4/16" for i, s in enumerate(("", "-crop", "-plain"))},
+    ),
+    ("table3", "| row | what changes |", {2: "ideas: cifar10 m/4/16"}),
+    ("table3", "| algorithm | digits m/1/16 |", {1: "compare: digits m/1/16"}),
+    ("table4", "| algorithm | m/8/16, 1 epoch |", {1: "table4: cifar10 m/8/16"}),
+]
+"""Pages, how the heads of their tables begin, and the results and columns of their own columns."""
+
+
+@pytest.mark.parametrize(("page", "head", "columns"), TABLES)
+def test_table_holds_what_is_stored(page, head, columns):
+    """Every stored mean is in its row, and nothing else is."""
+    lines = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").splitlines()
+    (start,) = (i for i, line in enumerate(lines) if line.startswith(head))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    cells = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in rows]
+    for place, source in columns.items():
+        folder, _, column = source.partition(": ")
+        (path,) = (ROOT / "results" / folder).glob("*.json")
+        stored = read(path, Grid[TableCell, Options]).cells
+        means = over_seeds([cell for cell in stored if cell.column == column])
+        assert {mean.cells[0].algorithm: mean.text for mean in means.values()} == {
+            row[0]: row[place] for row in cells if row[place]
+        }

@@ -9,7 +9,6 @@ interrupted table continues where it was. A row is an algorithm, or one with som
 import dataclasses
 import functools
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +31,7 @@ from forwardgrad.experiments._methods import method_config, method_of
 from forwardgrad.experiments._search import SearchOptions, check_search, search
 from forwardgrad.results import Place, Table, TableCell, look, over_seeds
 from forwardgrad.results._figures import panels
+from forwardgrad.results._records import algorithm_of
 from forwardgrad.training import ALGORITHMS as KNOWN
 from forwardgrad.training._config import Augment, changed
 
@@ -205,7 +205,7 @@ def in_order(algorithms: Sequence[str]) -> list[str]:
     """Each row once, in the paper's order of algorithms; those that it does not have come last."""
 
     def place(name: str) -> int:
-        algorithm = re.split("[+@]", name)[0]
+        algorithm = algorithm_of(name)
         return ROWS.index(algorithm) if algorithm in ROWS else len(ROWS)
 
     return sorted(dict.fromkeys(algorithms), key=place)

@@ -1,7 +1,6 @@
 """The look of an algorithm in every figure, and figures on disk."""
 
 import io
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from forwardgrad._files import write_bytes
+from forwardgrad.results._records import algorithm_of
 
 COLORS = {
     "bp": "#2f7fc1",
@@ -33,7 +33,7 @@ STYLES = {"": ("-", "o"), "l-": ("--", "s"), "lg-": ("-.", "D")}
 
 def look(algorithm: str) -> tuple[str, str, str]:
     """Colour, line and marker of an algorithm, whatever is added to it by + or @."""
-    algorithm = re.split("[+@]", algorithm)[0]
+    algorithm = algorithm_of(algorithm)
     prefix = next((p for p in ("lg-", "l-") if algorithm.startswith(p)), "")
     return (COLORS.get(algorithm.removeprefix(prefix), COLORS[""]), *STYLES[prefix])
 

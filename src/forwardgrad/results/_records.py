@@ -1,6 +1,7 @@
 """What files of results hold. A field that older files lack has a default."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
@@ -20,6 +21,11 @@ Options = dict[Name, Atom | list[Atom]]
 
 MOST_SEEDS = 1000
 """Runs of one cell, at most: they are numbered from 0."""
+
+
+def algorithm_of(method: str) -> str:
+    """The algorithm of a row such as `lg-fg-a+exact@16`, without what + and @ add to it."""
+    return re.split("[+@]", method)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
