@@ -25,7 +25,7 @@ from forwardgrad.cli._readout import ReadoutOptions
 from forwardgrad.cli._report import ReportOptions
 from forwardgrad.cli._train import read_options
 from forwardgrad.experiments import COMPARE, EXPERIMENTS, DiagnoseOptions
-from forwardgrad.results import Grid, Options, TableCell, over_seeds, read
+from forwardgrad.results import Grid, Options, Summary, TableCell, over_seeds, read
 from forwardgrad.rewrite._walk import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -223,3 +223,12 @@ def test_table_holds_what_is_stored(page, head, columns):
         assert {mean.cells[0].algorithm: mean.text for mean in means.values()} == {
             row[0]: row[place] for row in cells if row[place]
         }
+
+
+def test_table_holds_what_its_runs_say():
+    text = (ROOT / "docs" / "table3.md").read_text(encoding="utf-8")
+    for path in (ROOT / "results" / "few-images").glob("*/summary.json"):
+        run = read(path, Summary)
+        errors = (run.train_error, run.validation_error, run.test_error)
+        row = " | ".join([f"`{run.algorithm}`", *(f"{error:.2f}" for error in errors)])
+        assert text.count(f"| {row} |") == 1
