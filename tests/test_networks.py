@@ -233,14 +233,36 @@ def test_derivatives_of_the_mixers_functions(name):
         np.testing.assert_allclose(derivative(own), derivative(plain), rtol=1e-4, atol=1e-5)
 
 
-def test_mean_of_a_product_with_a_batched_array():
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(7, 1, 4), (3, 24, 5), (31, 2, 3)])
+def test_sums_are_those_of_numpy(shape, axis, dtype):
+    """As it is, compiled over a batch, along another axis of a batch, and transposed."""
+    x = jax.random.normal(jax.random.key(0), (4, *shape)).astype(dtype)
+    close = functools.partial(
+        np.testing.assert_allclose, atol=1e-5 if dtype == np.float32 else 0.1, rtol=0.01
+    )
+    sums = np.sum(np.array(x, float), axis=axis + 1, keepdims=True)
+
+    def own(x):
+        return networks._sum.summed(x, axis)
+
+    last = jax.vmap(own, in_axes=3, out_axes=3)(x.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2)
+    transposed = jax.vmap(lambda t: jax.vjp(own, x[0])[1](t)[0])(x)
+    for found in (jnp.stack([own(one) for one in x]), jax.jit(jax.vmap(own))(x), last, transposed):
+        assert found.dtype == dtype
+        close(np.array(found, float), np.broadcast_to(sums, x.shape))
+    close(np.array(networks._sum.total(x, axis + 1), float), sums.squeeze(axis + 1))
+
+
+def test_sum_of_a_product_with_a_batched_array():
     """The sum that XLA gets wrong on a CPU, at a shape where it does."""
     y = jax.random.normal(jax.random.key(0), (512, 128, 64))
     tangents = jax.random.normal(jax.random.key(1), (2, 512, 128, 64))
-    mean = networks._mean.mean
-    found = jax.jit(jax.vmap(lambda t: mean(y * t, 0)))(tangents)
-    expected = np.mean(np.array(y)[None] * np.array(tangents), axis=1, keepdims=True)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    total = networks._sum.total
+    found = jax.jit(jax.vmap(lambda t: total(y * t, 0)))(tangents)
+    expected = np.sum(np.array(y)[None] * np.array(tangents), axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_global_loss_is_the_mean_cross_entropy():

@@ -34,7 +34,9 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(outputs)
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        return x @ self.weight + self.bias
+        # As matrices: of more axes, XLA transposes activations in derivatives.
+        outputs = x.reshape(-1, x.shape[-1]) @ self.weight + self.bias
+        return outputs.reshape(*x.shape[:-1], -1)
 
 
 class Conv3x3(eqx.Module):

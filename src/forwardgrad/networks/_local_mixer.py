@@ -91,13 +91,21 @@ class Block(eqx.Module):
         if self.token is not None:
             h = normalise(self.token(h), 0)
             h = relu(activation(h, "unit", "example", patch))
-        h = jnp.einsum("iu,ibp->ubp", self.channel_weight, h) + self.channel_bias[:, None, None]
+        h = _mixed(self.channel_weight, h) + self.channel_bias[:, None, None]
         h = normalise(h, 0).reshape(len(self.group_weight), -1, *h.shape[1:])
         h = normalise(relu(activation(h, group, "unit", "example", patch)), 1)
-        h = jnp.einsum("gcd,gcbp->gdbp", self.group_weight, h)
-        h = normalise(h + self.group_bias[:, :, None, None], 1)
+        h = _mixed(self.group_weight, h) + self.group_bias[:, :, None, None]
+        h = normalise(h, 1)
         h = relu(activation(h, group, "unit", "example", patch)).reshape(-1, *h.shape[2:])
         return h if self.token is None else x + h
+
+
+def _mixed(
+    weight: Float[Array, "*groups inputs outputs"], h: Float[Array, "*groups inputs batch patches"]
+) -> Float[Array, "*groups outputs batch patches"]:
+    """Units mixed by a product of matrices, in whose derivatives XLA transposes no activations."""
+    outputs = jnp.einsum("...io,...in->...on", weight, h.reshape(*h.shape[:-2], -1))
+    return outputs.reshape(*outputs.shape[:-1], *h.shape[-2:])
 
 
 class LocalMixer(AbstractNetwork):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from forwardgrad.networks._mean import mean
+from forwardgrad.networks._sum import summed
 
 EPSILON = 1e-5
 
@@ -19,8 +19,8 @@ def normalise(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 
 def _normalised(x: Array, axis: int) -> tuple[Array, Array]:
     x = widened(x)
-    centred = x - mean(x, axis)
-    scale = jax.lax.rsqrt(mean(centred**2, axis) + EPSILON)
+    centred = x - _mean(x, axis)
+    scale = jax.lax.rsqrt(_mean(centred**2, axis) + EPSILON)
     return centred * scale, scale
 
 
@@ -29,9 +29,14 @@ def _normalise_jvp(axis, primals, tangents):
     # In terms of the output, which is there anyway, instead of three intermediate results.
     (x,), (dx,) = primals, tangents
     y, scale = _normalised(x, axis)
-    dx = widened(dx)
-    tangent = scale * (dx - mean(dx, axis) - y * mean(y * dx, axis))
+    # Without the barrier, XLA rearranges what comes before, and computes it for each of its uses.
+    dx = jax.lax.optimization_barrier(widened(dx))
+    tangent = scale * (dx - _mean(dx, axis) - y * _mean(y * dx, axis))
     return y.astype(x.dtype), tangent.astype(x.dtype)
+
+
+def _mean(x: Array, axis: int) -> Array:
+    return summed(x, axis) / x.shape[axis]
 
 
 def widened(x: Array) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from forwardgrad.networks._sum import total
 from forwardgrad.objectives._task import AbstractTask, Labels, Outputs, PerExample
 from forwardgrad.rewrite import transparent
 
@@ -111,7 +112,7 @@ def _replicated_jvp(see, task, groups, patches, primals, tangents):
     moved = gradient * d_features
     if patches == 1:
         moved = jnp.sum(moved, axis=2, keepdims=True)
-    moved = jnp.sum(moved.reshape(groups, -1, *moved.shape[1:]), axis=1)
+    moved = total(moved.reshape(groups, -1, *moved.shape[1:]), 1)
     losses = task.losses(outputs, labels)
     return _copies(losses, groups, patches), moved + _copies(of_head, groups, patches)
 

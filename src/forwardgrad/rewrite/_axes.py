@@ -396,9 +396,9 @@ def _expand_dims(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequenc
     return [MIXED if axis in new else kept.index(axis)]
 
 
-@_rule("forwardgrad_sum")
-def _sum(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
-    return [_kept(eqn, (eqn.params["axis"],))[axis]]
+@_rule("forwardgrad_summed")
+def _summed(flow: NamedAxes, eqn: JaxprEqn, out: int, axis: int) -> Sequence[Target]:
+    return [MIXED if axis == eqn.params["axis"] else axis]
 
 
 def _kept(eqn: JaxprEqn, axes: Sequence[SupportsIndex]) -> list[int]:
