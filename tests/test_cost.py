@@ -78,6 +78,9 @@ def mixer_temp(name: str, blocks: int, projection: int | None = None) -> int:
     return step.memory_analysis().temp_size_in_bytes
 
 
+ARRAY = 4 * 256 * 64 * 64
+"""Bytes of what a block of `mixer_temp` computes of its batch."""
+
 ALGORITHMS = {
     "bp": (GlobalLoss(), fg.Backpropagation()),
     "lg-bp": (LocalLoss(), fg.Backpropagation()),
@@ -138,22 +141,23 @@ def test_gradient_is_not_materialised(estimator):
 @pytest.mark.slow
 def test_memory_of_contrastive_losses():
     """The batch's scores are small beside its activations."""
-    assert mixer_temp("lg-fg-a", 4, 128) <= 0.4 * mixer_temp("bp", 4, 128)
+    assert mixer_temp("lg-fg-a", 4, 128) <= 12 * ARRAY
     assert mixer_temp("lg-fg-a", 4, 128) <= 1.1 * mixer_temp("lg-fg-a", 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "share", "blocks"), [("lg-fg-a", 0.4, 4), ("lg-fg-w", 0.25, 4), ("lg-bp", 0.8, 8)]
+    ("name", "arrays", "blocks"), [("lg-fg-a", 12, 4), ("lg-fg-w", 6, 4), ("lg-bp", 15, 8)]
 )
-def test_memory_of_greedy_losses_does_not_grow_with_blocks(name, share, blocks):
+def test_memory_of_greedy_losses_does_not_grow_with_blocks(name, arrays, blocks):
+    """Backpropagation needs 27 arrays for four blocks, and 12 for two."""
     assert mixer_temp(name, blocks) <= 1.2 * mixer_temp(name, blocks // 2)
-    assert mixer_temp(name, 4) <= share * mixer_temp("bp", 4)
-    assert mixer_temp("bp", 4) > 1.5 * mixer_temp("bp", 2)
+    assert mixer_temp(name, 4) <= arrays * ARRAY
+    assert 1.5 * mixer_temp("bp", 2) < mixer_temp("bp", 4) <= 28 * ARRAY
 
 
 @pytest.mark.slow
 def test_memory_of_many_tangents():
     """Of one forward pass for all is kept less than all tangents at once would need."""
-    assert mixer_temp("fg-w, 16 tangents", 4) <= 0.5 * mixer_temp("fg-w, 16 at once", 4)
-    assert mixer_temp("fg-w, 16 tangents", 4) <= mixer_temp("bp", 4)
+    assert mixer_temp("fg-w, 16 tangents", 4) <= 38 * ARRAY
+    assert mixer_temp("fg-w, 16 at once", 4) > 70 * ARRAY

@@ -98,6 +98,7 @@ def _through_normalisation(
 def _layers(step: Problem) -> tuple[list[Array], list[Array], list[Array], bool]:
     """Inputs of the two layers; masks and derivatives [batch, groups, units] of what they compute.
 
+    Layers are products of matrices: the examples, with one patch each, are the inputs' last axis.
     Last, whether the losses have a copy for every group.
     """
     program = _program(step)
@@ -124,7 +125,7 @@ def _layers(step: Problem) -> tuple[list[Array], list[Array], list[Array], bool]
         return y[..., 0].transpose(2, 0, 1)
 
     return (
-        [x[..., 0] for x in inputs],
+        inputs,
         [by_example(m) for m in masks],
         [by_example(g) for g in grads],
         by_group,

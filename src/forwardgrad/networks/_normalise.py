@@ -20,7 +20,9 @@ def normalise(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 def _normalised(x: Array, axis: int) -> tuple[Array, Array]:
     x = widened(x)
     centred = x - _mean(x, axis)
-    scale = jax.lax.rsqrt(_mean(centred**2, axis) + EPSILON)
+    # Of one size along the axis, because several tangents share it.
+    variance = jax.lax.slice_in_dim(_mean(centred**2, axis), 0, 1, axis=axis)
+    scale = jax.lax.rsqrt(variance + EPSILON)
     return centred * scale, scale
 
 
