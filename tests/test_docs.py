@@ -199,7 +199,10 @@ TABLES = [
     ("table3", "| algorithm | m/8/16", {1: "table3-cifar10: cifar10 m/8/16"}),
     (
         *("table3", "| algorithm | images as they are |"),
-        {i + 1: f"table3-small{s}: cifar10 m/4/16" for i, s in enumerate(("", "-crop", "-plain"))},
+        {
+            i + 1: f"table3-small{s}: cifar10 m/4/16"
+            for i, s in enumerate(("", "-lower", "-crop", "-plain"))
+        },
     ),
     ("table3", "| row | what changes |", {2: "ideas: cifar10 m/4/16"}),
     ("table3", "| algorithm | digits m/1/16 |", {1: "compare: digits m/1/16"}),
