@@ -36,7 +36,7 @@ class Linear(eqx.Module):
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         # As matrices: of more axes, XLA transposes activations in derivatives.
         outputs = x.reshape(-1, x.shape[-1]) @ self.weight + self.bias
-        return outputs.reshape(*x.shape[:-1], -1)
+        return outputs.reshape(*x.shape[:-1], outputs.shape[1])
 
 
 class Conv3x3(eqx.Module):
