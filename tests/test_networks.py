@@ -239,9 +239,8 @@ def test_derivatives_of_the_mixers_functions(name):
 def test_sums_are_those_of_numpy(shape, axis, dtype):
     """As it is, compiled over a batch, along another axis of a batch, and transposed."""
     x = jax.random.normal(jax.random.key(0), (4, *shape)).astype(dtype)
-    close = functools.partial(
-        np.testing.assert_allclose, atol=1e-5 if dtype == np.float32 else 0.1, rtol=0.01
-    )
+    atol, rtol = (1e-5, 1e-5) if dtype == np.float32 else (0.1, 0.01)
+    close = functools.partial(np.testing.assert_allclose, atol=atol, rtol=rtol)
     sums = np.sum(np.array(x, float), axis=axis + 1, keepdims=True)
 
     def own(x):
