@@ -56,8 +56,8 @@ def temp(*args) -> int:
 
 
 @functools.cache
-def mixer_temp(name: str, blocks: int, projection: int | None = None) -> int:
-    """Temporary memory of an algorithm's step on a LocalMixer, SGD included."""
+def mixer_step(name: str, blocks: int, projection: int | None = None):
+    """An algorithm's compiled step on a LocalMixer, SGD included."""
     network = LocalMixer(
         (32, 32, 3), Size(256, 8, 16, blocks), 10, key=jax.random.key(0), projection=projection
     )
@@ -74,8 +74,12 @@ def mixer_temp(name: str, blocks: int, projection: int | None = None) -> int:
         value, grads = fg.value_and_grad(losses, estimator)(params, key=key)
         return value, jax.tree.map(lambda p, g: p - 1e-4 * g, params, grads)
 
-    step = jax.jit(step, donate_argnums=0).lower(params, jax.random.key(0)).compile()
-    return step.memory_analysis().temp_size_in_bytes
+    return jax.jit(step, donate_argnums=0).lower(params, jax.random.key(0)).compile()
+
+
+def mixer_temp(name: str, blocks: int, projection: int | None = None) -> int:
+    """Its temporary memory in bytes."""
+    return mixer_step(name, blocks, projection).memory_analysis().temp_size_in_bytes
 
 
 ARRAY = 4 * 256 * 64 * 64
@@ -83,6 +87,7 @@ ARRAY = 4 * 256 * 64 * 64
 
 ALGORITHMS = {
     "bp": (GlobalLoss(), fg.Backpropagation()),
+    "dfa": (GlobalLoss(), fg.DirectFeedbackAlignment()),
     "lg-bp": (LocalLoss(), fg.Backpropagation()),
     "lg-fg-w": (LocalLoss(), fg.WeightPerturbation(exact_last=True)),
     "lg-fg-a": (LocalLoss(), fg.ActivityPerturbation()),
@@ -136,6 +141,13 @@ def test_gradient_is_not_materialised(estimator):
     matrix = 4 * WIDTH * WIDTH
     assert temp(estimator, 4, 16) < 0.5 * matrix
     assert temp(fg.WeightPerturbation(structure="dense"), 4, 16) > 2 * matrix
+
+
+@pytest.mark.slow
+def test_direct_feedback_computes_no_derivatives_between_layers():
+    """Those that go on from a layer's input are symbols for zero, also in normalisations."""
+    dfa, bp = (mixer_step(name, 4).cost_analysis()["flops"] for name in ("dfa", "bp"))
+    assert dfa < 0.85 * bp
 
 
 @pytest.mark.slow

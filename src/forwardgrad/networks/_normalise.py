@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from forwardgrad.networks._sum import summed
+from forwardgrad.networks._sum import settled, summed
 
 EPSILON = 1e-5
 
@@ -31,8 +31,8 @@ def _normalise_jvp(axis, primals, tangents):
     # In terms of the output, which is there anyway, instead of three intermediate results.
     (x,), (dx,) = primals, tangents
     y, scale = _normalised(x, axis)
-    # Without the barrier, XLA rearranges what comes before, and computes it for each of its uses.
-    dx = jax.lax.optimization_barrier(widened(dx))
+    # Otherwise XLA rearranges what comes before, and computes it for each of its uses.
+    dx = settled(widened(dx))
     tangent = scale * (dx - _mean(dx, axis) - y * _mean(y * dx, axis))
     return y.astype(x.dtype), tangent.astype(x.dtype)
 

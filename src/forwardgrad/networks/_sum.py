@@ -1,4 +1,4 @@
-"""A sum whose loops XLA's CPU backend vectorises."""
+"""A sum, and a barrier, with which XLA's CPU backend makes fast loops."""
 
 import functools
 import math
@@ -14,6 +14,7 @@ PART = 8
 axes, for 16 as well; with 32 and a few operations on each entry it does neither."""
 
 summed_p = Primitive("forwardgrad_summed")
+settled_p = Primitive("forwardgrad_settled")
 
 
 def summed(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
@@ -30,6 +31,15 @@ def summed(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 def total(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """The sum along an axis, without that axis: as [`summed`][], for the same reasons."""
     return jax.lax.index_in_dim(summed(x, axis), 0, axis, keepdims=False)
+
+
+def settled(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, and its cotangent, which XLA computes before what needs them, and once.
+
+    As `jax.lax.optimization_barrier`, whose transpose makes an array of a symbolic zero, and so
+    lets XLA compute what comes of it.
+    """
+    return settled_p.bind(x)
 
 
 def _summed(x: jax.Array, *, axis: int) -> jax.Array:
@@ -65,3 +75,11 @@ ad.deflinear2(summed_p, _transpose)
 batching.primitive_batchers[summed_p] = _batch
 for platform, rule in ((None, _summed), ("cpu", _summed_on_cpu)):
     mlir.register_lowering(summed_p, mlir.lower_fun(rule, multiple_results=False), platform)
+
+settled_p.def_impl(jax.lax.optimization_barrier)
+settled_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(settled_p, lambda cotangent, x: [settled(cotangent)])
+batching.defvectorized(settled_p)
+mlir.register_lowering(
+    settled_p, mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
+)

@@ -9,7 +9,7 @@ ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     bitcast_convert_type cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh
-    digamma div eq erf erf_inv erfc exp exp2 expm1 floor forwardgrad_mark
+    digamma div eq erf erf_inv erfc exp exp2 expm1 floor forwardgrad_mark forwardgrad_settled
     forwardgrad_transparent ge gt igamma igamma_grad_a igammac imag integer_pow is_finite
     layout_constraint le lgamma log log1p logistic lt max min mul name ne neg nextafter not or
     polygamma pow pvary real reduce_precision regularized_incomplete_beta rem reshard round
